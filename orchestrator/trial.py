@@ -1,0 +1,59 @@
+"""One training run, fully specified. Its id is a hash of all that determines its result, and of nothing else."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Literal
+
+from orchestrator.identity import digest
+from orchestrator.recipe.schema import Base, Checkpoint, Cluster, Engine, Model, Workload
+
+SEMANTICS = 1  # raised when the trainer changes what a trial means, so that old results are not taken for new ones
+
+
+class Trial(Model):
+    arm: str
+    seed: int
+    point: dict[str, Any]  # grid values, by dotted path
+    workload: Workload
+    base: Base
+    strategies: tuple[tuple[str, dict[str, Any]], ...]  # (recipe name, options), in the order of the recipe
+    precision: Literal["fp32", "bf16", "fp64"]
+    data: str  # fingerprint of the data set
+    engine: Engine
+    cluster: Cluster
+    checkpoint: Checkpoint
+    log_steps: int
+
+    @cached_property
+    def id(self) -> str:
+        """12 hexadecimal digits, safe as a directory name."""
+        return digest(self.identity())[:12]
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the result. Workers enter only where each normalises over its own part of a batch."""
+        workload = self.workload.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"target"})
+        target = self.workload.target
+        return {
+            "semantics": SEMANTICS,
+            "workload": workload | ({"stop": target.model_dump(exclude_none=True)} if target and target.stop else {}),
+            "base": self.base.model_dump(mode="json", exclude_none=True, exclude={"micro_batch"}),
+            "strategies": [list(s) for s in self.strategies],
+            "seed": self.seed,
+            "precision": self.precision,
+            "data": self.data,
+            "log_steps": self.log_steps,
+            "local_batch": self.local_batch if self.normalises_batches else None,
+        }
+
+    @property
+    def local_batch(self) -> int:
+        """Examples that one worker pushes through the network at once, memory permitting."""
+        share = -(-self.base.batch // self.cluster.workers)
+        return share if self.base.micro_batch == "auto" else min(share, self.base.micro_batch)
+
+    @property
+    def normalises_batches(self) -> bool:
+        """Batch norm makes the result depend on the local batch; the user's own network is taken to have it."""
+        model = self.workload.model
+        return model.name in ("resnet", "vgg", "import") or bool(getattr(model.options, "batch_norm", False))

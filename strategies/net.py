@@ -1,0 +1,22 @@
+"""The shape of network that strategies can take apart: stages in a row, then a pool, then a head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+
+class Net(nn.Module):
+    """`head(pool(stages(x)))`: (n, ...) inputs -> (n, classes) logits. Any module fits as a single stage."""
+
+    def __init__(self, stages: Iterable[nn.Module], pool: nn.Module | None = None, head: nn.Module | None = None):
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.pool = pool or nn.Identity()
+        self.head = head or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(self.pool(x))
