@@ -1,0 +1,14 @@
+"""Training methods. `CATALOGUE` is what recipes can name: recipe key = file name = class in snake case."""
+
+from __future__ import annotations
+
+from strategies.contract import Strategy
+from strategies.ema import Ema
+from strategies.gradient_clipping import GradientClipping
+from strategies.label_smoothing import LabelSmoothing
+
+CATALOGUE: dict[str, type[Strategy]] = {
+    "ema": Ema,
+    "gradient_clipping": GradientClipping,
+    "label_smoothing": LabelSmoothing,
+}

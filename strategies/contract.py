@@ -61,7 +61,8 @@ class Clock:
 
     step: int  # optimizer steps taken before this one, in this phase
     steps: int  # optimizer steps of the whole phase
-    epoch: float  # passes over the data set made in this phase
+    epoch: float  # passes over the data set made before this step, in this phase
+    epochs_per_step: float  # what one step adds to `epoch`
     batch: int  # global batch: examples per optimizer step
     seed: int  # the trial's seed
     phase: int = 0  # position of the phase in the plan

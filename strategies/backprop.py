@@ -1,0 +1,178 @@
+"""`Backprop`, the usual learner: objective -> gradient -> updates -> optimizer at a scheduled rate."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from strategies.contract import Batch, Clock, Metrics, Need, Objective, Phase, PlanError, Predict, Schedule, State, Worker
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from strategies.net import Net
+
+
+class Update:
+    """Changes gradients before the optimizer moves, or weights after it has. Subclasses are frozen dataclasses."""
+
+    needs = Need.NOTHING
+
+    def init(self, net: Net, worker: Worker) -> State:
+        return State()
+
+    def before(self, state: State, clock: Clock) -> None:
+        """p.grad holds the mean gradient over the global batch, alike on all ranks."""
+
+    def after(self, state: State, clock: Clock) -> None:
+        """Weights have moved."""
+
+    def weights(self, state: State) -> Mapping[str, Tensor] | None:
+        """The weights to evaluate and to keep, where they are not the network's own."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEntropy:
+    """Mean cross-entropy over the micro-batch; `smoothing` moves that share of each label evenly to all classes."""
+
+    smoothing: float = 0.0
+
+    def __call__(self, predict: Predict, batch: Batch, clock: Clock) -> Tensor:
+        from torch.nn.functional import cross_entropy
+
+        return cross_entropy(predict(batch.x), batch.y, label_smoothing=self.smoothing)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a gradient works on: one micro-batch of one optimizer step."""
+
+    predict: Predict
+    objective: Objective
+    batch: Batch
+    clock: Clock
+    weight: float  # of this micro-batch's mean gradient in the worker's gradient; averaged over workers afterwards
+    worker: Worker
+    net: Net
+
+    def loss(self) -> Tensor:
+        """() mean loss over the micro-batch, computed under the trial's precision."""
+        with self.worker.autocast():
+            return self.objective(self.predict, self.batch, self.clock)
+
+
+Gradient: TypeAlias = Callable[[Step], "Tensor"]
+"""Adds weight * d(loss)/dp to p.grad; returns the loss."""
+
+
+def one_forward_one_backward(step: Step) -> Tensor:
+    loss = step.loss()
+    step.worker.backward(loss * step.weight)
+    return loss.detach()
+
+
+@dataclass(slots=True)
+class Live:
+    """What `Backprop.init` makes anew on every worker and after every resume."""
+
+    net: Net
+    model: nn.Module  # the net as the engine wraps it for training
+    optimizer: Optimizer
+    worker: Worker
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backprop:
+    """Gradient descent by backpropagation."""
+
+    optimizer: Callable[[Net], Optimizer]
+    rate: Schedule
+    objective: Objective = CrossEntropy()  # noqa: RUF009 (frozen)
+    gradient: Gradient = one_forward_one_backward
+    updates: tuple[Update, ...] = ()
+
+    @property
+    def needs(self) -> Need:
+        needs = getattr(self.gradient, "needs", Need.NOTHING)
+        for update in self.updates:
+            needs |= update.needs
+        return needs
+
+    def init(self, net: Net, worker: Worker) -> State:
+        optimizer = self.optimizer(net)
+        updates = [update.init(net, worker) for update in self.updates]
+        model = worker.prepare(net, optimizer, open_model=Need.OPEN_MODEL in self.needs)
+        saved = {"net": net, "optimizer": optimizer, "updates": updates}
+        return State(saved, Live(net, model, optimizer, worker))
+
+    def step(self, state: State, batches: Sequence[Batch], clock: Clock) -> Metrics:
+        live: Live = state.live
+        live.net.train()
+        loss = sum(self._micro(live, batch, clock, last=batch is batches[-1]) for batch in batches)
+        _set_rate(live.optimizer, self.rate(clock))
+        self._apply(state, clock)
+        return {"loss": loss}  # type: ignore[dict-item]
+
+    def _micro(self, live: Live, batch: Batch, clock: Clock, last: bool) -> Tensor:
+        share = len(batch) / clock.batch
+        step = Step(live.model, self.objective, batch, clock, share * live.worker.size, live.worker, live.net)
+        with live.worker.micro(live.model, last):
+            return self.gradient(step) * share
+
+    def _apply(self, state: State, clock: Clock) -> None:
+        pairs = list(zip(self.updates, state.saved["updates"], strict=True))
+
+        def before() -> None:
+            for update, own in pairs:
+                update.before(own, clock)
+
+        def after() -> None:
+            for update, own in pairs:
+                update.after(own, clock)
+
+        live: Live = state.live
+        live.worker.apply(live.model, live.optimizer, before, after)
+
+    def predict(self, state: State, x: Tensor) -> Tensor:
+        from torch.func import functional_call
+
+        live: Live = state.live
+        live.net.eval()
+        averaged = self.averaged(state)
+        with live.worker.autocast():
+            return functional_call(live.net, averaged, (x,)) if averaged else live.net(x)
+
+    def averaged(self, state: State) -> dict[str, Tensor]:
+        """Weights that updates put in place of the network's own; the last one to speak wins."""
+        found = [update.weights(own) for update, own in zip(self.updates, state.saved["updates"], strict=True)]
+        return {name: value for weights in found if weights for name, value in weights.items()}
+
+    def finish(self, state: State) -> None:
+        """The weights that stand for the result become the network's own."""
+        state.live.net.load_state_dict(self.averaged(state), strict=False)
+
+
+def _set_rate(optimizer: Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("rate_factor", 1.0)
+
+
+def amend(phase: Phase, by: object, *, updates: tuple[Update, ...] = (), **changes: Callable[[Any], Any]) -> Phase:
+    """The phase with `updates` added, and each further field of its Backprop replaced by `change(old value)`.
+
+    Raises PlanError, naming both sides, if the phase does not learn by Backprop.
+    """
+    learner = phase.learner
+    name = type(by).__name__
+    if not isinstance(learner, Backprop):
+        raise PlanError(
+            f"{name} works on gradients, but phase '{phase.name}' learns by {type(learner).__name__}: "
+            "put it before, or leave one of the two out"
+        )
+    new = {field: change(getattr(learner, field)) for field, change in changes.items()}
+    learner = dataclasses.replace(learner, updates=learner.updates + updates, **new)
+    return dataclasses.replace(phase, learner=learner)

@@ -1,0 +1,50 @@
+"""torch's optimizers, with weight decay on weights alone: biases and norm parameters (1-D) are left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from strategies.net import Net
+
+
+def groups(net: Net, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: decayed (2 dimensions and more), not decayed (Goyal et al. 2017, section 5.1)."""
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.ndim >= 2]
+    plain = [p for p in parameters if p.ndim < 2]
+    both = ({"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0})
+    return [g for g in both if g["params"]] or [{"params": []}]
+
+
+@dataclass(frozen=True, slots=True)
+class Sgd:
+    """v <- m v + g; w <- w - rate v, or Nesterov's g + m v. The rate is set at each step."""
+
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    def __call__(self, net: Net) -> Optimizer:
+        from torch.optim import SGD
+
+        return SGD(groups(net, self.weight_decay), lr=0.0, momentum=self.momentum, nesterov=self.nesterov)
+
+
+@dataclass(frozen=True, slots=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+
+    def __call__(self, net: Net) -> Optimizer:
+        from torch.optim import AdamW
+
+        betas = (self.beta1, self.beta2)
+        return AdamW(groups(net, self.weight_decay), lr=0.0, betas=betas, eps=self.eps)
