@@ -46,6 +46,10 @@ class Trial(Model):
             "local_batch": self.local_batch if self.normalises_batches else None,
         }
 
+    def context(self) -> dict[str, Any]:
+        """What determines a phase's result beside the plan up to it."""
+        return {k: v for k, v in self.identity().items() if k not in ("base", "strategies")}
+
     @property
     def local_batch(self) -> int:
         """Examples that one worker pushes through the network at once, memory permitting."""

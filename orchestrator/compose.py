@@ -1,0 +1,77 @@
+"""From a trial to its plan: the usual learner from `base`, then each strategy's edit. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cluster.engines import OFFERS
+from orchestrator.recipe import schema
+from orchestrator.trial import Trial
+from orchestrator.workloads import build_network
+from orchestrator.workloads.noisy_quadratic import NoisyQuadratic, network
+from strategies import CATALOGUE, optimizers, rate
+from strategies.backprop import Backprop
+from strategies.contract import Learner, ModelSpec, Need, Phase, Plan, PlanError
+
+
+def compose(trial: Trial, examples: int) -> Plan:
+    """The plan of a trial on a data set of `examples`. Raises PlanError if methods clash or the engine cannot serve them."""
+    plan = Plan((_base_phase(trial, examples),))
+    for name, options in trial.strategies:
+        plan = CATALOGUE[name](**options).edit(plan)
+    check(plan, trial.engine.name)
+    return plan
+
+
+def check(plan: Plan, engine: str) -> None:
+    """Raises PlanError if the plan asks for what the engine does not offer."""
+    missing = plan.needs & ~OFFERS[engine]
+    if missing:
+        able = [name for name, offers in OFFERS.items() if plan.needs in offers]
+        advice = f"use engine {' or '.join(able)}" if able else "no engine offers all of it yet"
+        raise PlanError(f"the plan needs {_names(plan.needs)}; engine {engine} lacks {_names(missing)}: {advice}")
+
+
+def _names(needs: Need) -> str:
+    return ", ".join(sorted(n.name for n in needs if n.name)) or "nothing"
+
+
+def _base_phase(trial: Trial, examples: int) -> Phase:
+    base = trial.base
+    epochs = base.epochs if base.epochs is not None else (base.steps or 0) * base.batch / examples
+    quadratic = trial.workload.data.noisy_quadratic
+    model = ModelSpec(network) if quadratic else _model(trial.workload.model)
+    learner = _quadratic(base, quadratic) if quadratic else _backprop(base)
+    return Phase(name="train", epochs=epochs, batch=base.batch, model=model, learner=learner)
+
+
+def _model(choice: schema.Network) -> ModelSpec:
+    options = {"path": choice.options} if choice.name == "import" else choice.options.model_dump()
+    return ModelSpec(build_network, (("name", choice.name), *sorted(options.items())))
+
+
+def _backprop(base: schema.Base) -> Learner:
+    factories = {"sgd": optimizers.Sgd, "adamw": optimizers.AdamW}
+    optimizer = factories[base.optimizer.name](**base.optimizer.options.model_dump())
+    return Backprop(optimizer=optimizer, rate=_rate(base))
+
+
+def _quadratic(base: schema.Base, data: schema.QuadraticData) -> Learner:
+    if base.optimizer.sgd is None or base.optimizer.sgd.momentum or base.optimizer.sgd.weight_decay:
+        raise PlanError("noisy_quadratic follows plain SGD in closed form: write `optimizer: {sgd: {momentum: 0}}`")
+    return NoisyQuadratic(dimension=data.dimension, rate=_rate(base))
+
+
+def _rate(base: schema.Base) -> rate.Rate:
+    spec = base.rate
+    peak = rate.scaled(spec.peak, base.batch, spec.per, spec.scale)
+    return rate.Rate(peak, spec.warmup, spec.start, DECAYS[spec.decay.name](spec.decay.options))
+
+
+DECAYS: dict[str, Any] = {
+    "none": lambda options: rate.Constant(),
+    "cosine": lambda options: rate.Cosine(),
+    "linear": lambda options: rate.Polynomial(),
+    "polynomial": lambda options: rate.Polynomial(options.power, options.end),
+    "step": lambda options: rate.Steps(tuple(options.at), options.factor),
+}

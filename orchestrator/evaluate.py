@@ -1,0 +1,51 @@
+"""Test metrics of a learner, each worker on its share of the test set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from orchestrator.workloads.order import share
+from strategies.contract import Phase, State, Worker
+from strategies.net import Net
+
+CHUNK = 2048  # examples per forward pass at most
+
+
+@torch.no_grad()
+def evaluate(phase: Phase, net: Net, state: State, dataset: Any, worker: Worker, chunk: int = CHUNK) -> dict[str, float]:
+    """Means over the whole test set, alike on every rank."""
+    begin, end = share(0, dataset.test_examples, worker.rank, worker.size)
+    sums: dict[str, torch.Tensor] = {}
+    for start in range(begin, end, chunk):
+        batch = phase.source(dataset.test(start, min(start + chunk, end)), net)
+        scores = dataset.score(phase.learner.predict(state, batch.x), batch.y)
+        sums = {name: value.double() + sums.get(name, 0.0) for name, value in scores.items()}
+    return reduced(sums or _nothing(dataset), worker, dataset.test_examples)
+
+
+def _nothing(dataset: Any) -> dict[str, torch.Tensor]:
+    """The share of a rank that has no example, so that all ranks reduce the same names."""
+    empty = dataset.test(0, 0)
+    logits = torch.zeros(0, dataset.classes, device=empty.y.device)
+    return {name: value.double() for name, value in dataset.score(logits, empty.y).items()}
+
+
+def reduced(sums: dict[str, torch.Tensor], worker: Worker, count: float = 1.0) -> dict[str, float]:
+    """Shares of all workers, added up by one collective and divided by `count`."""
+    names = sorted(sums)
+    total = worker.sum_(torch.stack([sums[name].double() for name in names]))
+    return dict(zip(names, (total / count).tolist(), strict=True))
+
+
+def average_buffers(net: Net, worker: Worker) -> None:
+    """Running statistics (batch norm), averaged over workers by one collective per dtype."""
+    if worker.size == 1:
+        return
+    buffers = [b for b in net.buffers() if b.is_floating_point()]
+    for dtype in sorted({b.dtype for b in buffers}, key=str):
+        alike = [b for b in buffers if b.dtype == dtype]
+        flat = worker.sum_(torch.cat([b.reshape(-1) for b in alike])) / worker.size
+        for buffer, part in zip(alike, flat.split([b.numel() for b in alike]), strict=True):
+            buffer.copy_(part.view_as(buffer))

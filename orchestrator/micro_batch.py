@@ -1,0 +1,61 @@
+"""The automatic micro-batch: the largest that fits into memory, found before the first step so that no trial dies of it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+from strategies.contract import Batch, Worker
+from strategies.net import Net
+
+SIGNS = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error tells that memory ran out, on a GPU or on the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+
+
+def largest(net: Net, sample: Callable[[int], Batch], limit: int, worker: Worker) -> int:
+    """The micro-batch, at most `limit`, at which a forward and a backward pass fit on every worker; halved until it does.
+
+    `sample(n)` gives n examples. The net is left as it was. Raises MemoryError if not even one example fits.
+    """
+    while not _all_agree(_fits(net, sample, limit, worker), worker):
+        if limit == 1:
+            raise MemoryError("not even one example fits into memory: choose a smaller model")
+        limit = -(-limit // 2)
+    return limit
+
+
+def _fits(net: Net, sample: Callable[[int], Batch], size: int, worker: Worker) -> bool:
+    buffers = {name: b.clone() for name, b in net.named_buffers()}
+    try:
+        net.train()
+        with worker.autocast():
+            out = net(sample(size).x)
+        if out.requires_grad:
+            out.float().sum().backward()
+        return True
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return False
+    finally:
+        net.zero_grad(set_to_none=True)
+        net.load_state_dict(buffers, strict=False)
+        _release(worker.device)
+
+
+def _all_agree(flag: bool, worker: Worker) -> bool:
+    return worker.sum_(torch.tensor(float(not flag), device=worker.device)).item() == 0
+
+
+def _release(device: torch.device) -> None:
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

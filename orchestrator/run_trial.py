@@ -1,0 +1,126 @@
+"""The function that a gang runs on every rank for one trial: from the trial's specification to its result."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.compose import compose
+from orchestrator.files import read_lines
+from orchestrator.phases import PhaseStore
+from orchestrator.results import outcome
+from orchestrator.trial import Trial
+from strategies.contract import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What the driver tells the workers about one trial."""
+
+    trial: Trial
+    directory: Path  # of the trial
+    phases: Path  # where finished phases are kept
+
+
+def run_trial(worker: Worker, assignment: Assignment) -> dict[str, Any]:
+    """Trains the trial and returns its result (see docs/architecture.md, result.json)."""
+    with rank_log(assignment.directory / "logs" / f"rank_{worker.rank}.log"):
+        return _run(worker, assignment)
+
+
+def _run(worker: Worker, assignment: Assignment) -> dict[str, Any]:
+    from orchestrator.trainer import Trainer
+
+    began = time.perf_counter()
+    trial = assignment.trial
+    job = _job(worker, assignment)
+    data_seconds = time.perf_counter() - began
+    trainer = Trainer(job, worker)
+    progress = trainer.run()
+    trainer.rows.close()
+    rest = time.perf_counter() - began - data_seconds - progress.train_seconds - progress.eval_seconds
+    seconds = {"startup": max(0.0, rest), "data": data_seconds}
+    seconds |= {"train": progress.train_seconds, "eval": progress.eval_seconds}
+    return {
+        **_names(trial),
+        "status": progress.status,
+        "steps": progress.steps,
+        "epochs": progress.epochs,
+        "examples": progress.examples,
+        **(outcome(read_lines(trainer.rows.path), trial.workload.target) if worker.rank == 0 else {}),
+        "seconds": seconds,
+        "examples_per_second": progress.examples / progress.train_seconds if progress.train_seconds else None,
+        "micro_batch": trainer.micro,
+        "parameters": trainer.parameters,
+        "reused": progress.reused_steps > 0,
+        "workers": worker.size,
+        "threads": trial.cluster.threads,
+        "precision": trial.precision,
+        "device": _device_name(worker),
+    }
+
+
+def _names(trial: Trial) -> dict[str, Any]:
+    return {"trial": trial.id, "arm": trial.arm, "batch": trial.base.batch, "seed": trial.seed, "point": trial.point}
+
+
+def failure(trial: Trial, error: dict[str, Any]) -> dict[str, Any]:
+    """The result of a trial that ended in an error."""
+    return {**_names(trial), "status": "failed", "error": error, "workers": trial.cluster.workers}
+
+
+def _job(worker: Worker, assignment: Assignment) -> Any:
+    import torch
+
+    from orchestrator.trainer import Job
+    from orchestrator.workloads.open import open_dataset
+
+    trial = assignment.trial
+    dtype = torch.float64 if trial.precision == "fp64" else torch.float32
+    dataset = open_dataset(trial.workload, trial.seed, worker.device, dtype)
+    limit = trial.base.micro_batch
+    return Job(
+        plan=compose(trial, dataset.examples),
+        dataset=dataset,
+        seed=trial.seed,
+        directory=assignment.directory,
+        store=PhaseStore(assignment.phases),
+        context=trial.context(),
+        evaluate=trial.workload.evaluate,
+        target=trial.workload.target,
+        micro_batch=None if limit == "auto" else limit,
+        dtype=dtype,
+        log_steps=trial.log_steps,
+        save_seconds=trial.checkpoint.seconds,
+        keep=trial.checkpoint.keep,
+    )
+
+
+def _device_name(worker: Worker) -> str:
+    import torch
+
+    if worker.device.type == "cuda":
+        return torch.cuda.get_device_name(worker.device)
+    return "cpu"
+
+
+@contextlib.contextmanager
+def rank_log(path: Path) -> Iterator[None]:
+    """What the rank prints goes into its own file, across attempts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", buffering=1, encoding="utf-8") as file:
+        print(f"# pid {os.getpid()} at {time.strftime('%Y-%m-%d %H:%M:%S')}", file=file)
+        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            try:
+                yield
+            except Exception:
+                import traceback
+
+                traceback.print_exc(file=sys.stderr)
+                raise

@@ -1,0 +1,129 @@
+"""A study: a recipe over its directory. What is done, what is left, and whether the recipe is still the one it began with."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.environment import describe, resolve_precision
+from orchestrator.files import write_atomic, write_json
+from orchestrator.recipe import Recipe, dump, expand, resolved
+from orchestrator.results import outcome
+from orchestrator.store import Store
+from orchestrator.trial import Trial
+from orchestrator.workloads import fingerprint
+
+# Keys that change no result: they may differ from one run of a study to the next.
+FREE = ("cluster", "engine", "tracking", "checkpoint", "workload.target")
+# Keys that may only grow.
+GROWING = ("epochs", "steps")
+
+
+class Changed(Exception):
+    """The recipe differs from the one that the study began with. str() is the diff."""
+
+
+@dataclass(frozen=True)
+class Study:
+    recipe: Recipe
+    source: str  # the recipe file's text, kept as it was written
+    runs: Path  # the folder of all studies
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(self.runs / self.recipe.study)
+
+    @property
+    def phases(self) -> Path:
+        """Finished phases are shared by all studies of a folder."""
+        return self.runs / ".phases"
+
+    @cached_property
+    def trials(self) -> list[Trial]:
+        convolutional = self.recipe.workload.model.name != "mlp"
+        return expand(self.recipe, fingerprint, resolve_precision(self.recipe.precision, convolutional))
+
+    def left(self) -> list[Trial]:
+        """Trials without a final result, in the order of the recipe."""
+        return [trial for trial in self.trials if not self.store.finished(trial.id)]
+
+    def finished(self) -> list[dict[str, Any]]:
+        results = (self.store.result(trial.id) for trial in self.trials)
+        return [result for result in results if result]
+
+    # ------------------------------------------------------------------------------------------- the recipe on file
+
+    def check_unchanged(self) -> None:
+        """Raises Changed if a result on file would not answer for this recipe."""
+        path = self.store.directory / "resolved.yaml"
+        if path.exists():
+            lines = list(differences(yaml.safe_load(path.read_text()), resolved(self.recipe)))
+            if lines:
+                raise Changed("\n".join(lines))
+
+    def set_aside(self) -> Path | None:
+        """Move an earlier study of this name out of the way; nothing is deleted."""
+        old = self.store.directory
+        if not old.exists():
+            return None
+        number = next(n for n in range(1, 10**6) if not old.with_name(f"{old.name}.old{n}").exists())
+        return Path(shutil.move(old, old.with_name(f"{old.name}.old{number}")))
+
+    def write_recipe(self) -> None:
+        """The recipe as written and as understood, and where it runs."""
+        folder = self.store.directory
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "recipe.yaml", self.source)
+        write_atomic(folder / "resolved.yaml", dump(resolved(self.recipe)))
+        write_json(folder / "env.json", describe())
+
+    def adopt(self) -> None:
+        """Bring results on file up to this recipe's names and target: both are read from the curves, nothing is trained."""
+        for trial in self.trials:
+            result = self.store.result(trial.id)
+            if result and result["status"] != "failed":
+                self._adopt(trial, result)
+
+    def _adopt(self, trial: Trial, result: dict[str, Any]) -> None:
+        new = result | outcome(self.store.rows(trial.id), trial.workload.target)
+        new |= {"arm": trial.arm, "point": trial.point}
+        if new != result:
+            self.store.commit(new)
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
+    """A line for each key in which `new` breaks with `old`; what is free, or has only grown, is passed over."""
+    if path in FREE or old == new:
+        return
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {**old, **new}:
+            below = f"{path}.{key}" if path else str(key)
+            if key not in old and path == "arms":
+                continue
+            yield from differences(old.get(key), new.get(key), below)
+    elif not _grown(old, new, path):
+        yield f"- {path}: {_show(old)}\n+ {path}: {_show(new)}"
+
+
+def _grown(old: Any, new: Any, path: str) -> bool:
+    if path.rsplit(".", 1)[-1] in GROWING and isinstance(old, int | float) and isinstance(new, int | float):
+        return new > old
+    if path == "seeds":
+        return set(_seeds(old)) <= set(_seeds(new))
+    if path.startswith("grid.") and isinstance(old, list) and isinstance(new, list):
+        return all(value in new for value in old)
+    return False
+
+
+def _seeds(value: int | list[int]) -> list[int]:
+    return list(range(value)) if isinstance(value, int) else value
+
+
+def _show(value: Any) -> str:
+    return "(absent)" if value is None else yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

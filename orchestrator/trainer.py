@@ -1,0 +1,273 @@
+"""Runs a plan on one worker: builds, steps, evaluates, logs, saves, resumes. It has never heard of strategies."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator import checkpoint, micro_batch, phases
+from orchestrator.evaluate import average_buffers, evaluate, reduced
+from orchestrator.metrics import Rows
+from orchestrator.phases import PhaseStore, Record
+from orchestrator.recipe.schema import Interval, Target
+from orchestrator.results import reached
+from orchestrator.workloads.order import micro, share
+from strategies.contract import Batch, Clock, Phase, Plan, State, Weights, Worker, mix
+from strategies.net import Net
+
+EXPLODED = 3.0  # times the first loss: a trial that stays above it for 1 % of its steps has diverged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """All that one training run needs, beside the worker."""
+
+    plan: Plan
+    dataset: Any  # workloads.Dataset, or what has its interface
+    seed: int
+    directory: Path  # of the trial: metrics.jsonl, checkpoints/
+    store: PhaseStore
+    context: dict[str, Any]  # what determines the result beside the plan
+    evaluate: Interval = Interval(epochs=1)
+    target: Target | None = None
+    micro_batch: int | None = None  # examples per forward pass at most; None: found
+    dtype: torch.dtype = torch.float32
+    log_steps: int = 50
+    save_seconds: float = 30.0
+    keep: int = 2
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a trial has come; JSON through and through, saved with each checkpoint."""
+
+    phase: int = 0
+    step: int = 0  # in the phase
+    steps: int = 0  # over all phases
+    examples: int = 0
+    epochs: float = 0.0
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    first_loss: float | None = None
+    exploded_since: int | None = None  # step since which the loss has been too high
+    status: str = "running"  # done, diverged
+    reused_steps: int = 0
+
+
+class Trainer:
+    """Takes a trial through the phases of its plan."""
+
+    def __init__(self, job: Job, worker: Worker):
+        self.job, self.worker = job, worker
+        self.progress = Progress()
+        self.rows = Rows(job.directory / "metrics.jsonl", writes=worker.rank == 0)
+        self.micro = job.micro_batch or 0
+        self.parameters = 0
+
+    def run(self) -> Progress:
+        """Trains what is left of the plan, from the newest checkpoint if there is one."""
+        found = checkpoint.load(self.job.directory / "checkpoints")
+        if found:
+            self.progress = Progress(**found["progress"])
+        self.rows.trim(self.progress.steps)
+        weights: Weights | None = found["carried"] if found else None
+        for index in range(self.progress.phase, len(self.job.plan.phases)):
+            weights = self._phase(index, weights, found)
+            found = None
+            if self.progress.status != "running":
+                return self.progress
+        self.progress.status = "done"
+        return self.progress
+
+    def _phase(self, index: int, carried: Weights | None, found: dict[str, Any] | None) -> Weights:
+        name = phases.key(self.job.plan, index, self.job.context)
+        record = self.job.store.get(name)
+        if self._all_have(record):
+            return self._reuse(record)  # type: ignore[arg-type]
+        if not found:
+            self.progress.phase, self.progress.step = index, 0
+        run = PhaseRun(self.job, self.worker, self.progress, self.rows, carried)
+        if found:
+            checkpoint.restore(run.state, found["state"])
+        run.train()
+        self.micro, self.parameters = run.micro, sum(p.numel() for p in run.net.parameters())
+        if self.worker.rank == 0 and self.progress.status != "diverged":
+            self.job.store.put(name, Record(run.weights(), self.rows.of_phase(index), asdict(self.progress)))
+        return run.weights()
+
+    def _all_have(self, record: Record | None) -> bool:
+        """Ranks look at different moments, while another gang may be finishing this very phase."""
+        have = torch.tensor(float(record is not None), device=self.worker.device)
+        return self.worker.sum_(have).item() == self.worker.size
+
+    def _reuse(self, record: Record) -> Weights:
+        self.rows.extend(record.rows)
+        reused = self.progress.reused_steps + record.progress["step"]
+        self.progress = Progress(**record.progress | {"reused_steps": reused, "status": record.progress["status"]})
+        return record.weights
+
+
+class PhaseRun:
+    """One phase on one worker: network, learner state, and the loop."""
+
+    def __init__(self, job: Job, worker: Worker, progress: Progress, rows: Rows, carried: Weights | None):
+        self.job, self.worker, self.progress, self.rows, self.carried = job, worker, progress, rows, carried
+        self.phase = phase = job.plan.phases[progress.phase]
+        self.steps = steps_of(phase, job.dataset.examples)
+        self.every = job.evaluate.in_steps(job.dataset.examples, phase.batch)
+        self.net = self._build()
+        self.micro = self._micro_batch()
+        self.state: State = phase.learner.init(self.net, worker)
+        self.window: dict[str, torch.Tensor] = {}  # sums of this rank's metrics since the last row
+        self.window_start = progress.step
+        self.watch = Stopwatch(worker.device)
+        self.saved_at = time.monotonic()
+
+    def _build(self) -> Net:
+        job = self.job
+        torch.manual_seed(mix(job.seed, "init", self.progress.phase))
+        net = self.phase.model(job.dataset.inputs, job.dataset.classes)
+        for surgery in self.phase.surgery:
+            net = surgery(net)
+        net = net.to(device=self.worker.device, dtype=job.dtype)
+        if len(job.dataset.inputs) == 3:
+            net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.carried is not None:
+            self.phase.carry(self.carried, net)
+        return net
+
+    def _micro_batch(self) -> int:
+        local = -(-self.phase.batch // self.worker.size)
+        if self.job.micro_batch:
+            return min(local, self.job.micro_batch)
+        return micro_batch.largest(self.net, lambda n: self._train_batch(0, n), local, self.worker)
+
+    def _train_batch(self, start: int, stop: int) -> Batch:
+        return self.phase.source(self.job.dataset.train(start, stop), self.net)
+
+    def weights(self) -> Weights:
+        return self.net.state_dict()
+
+    # ------------------------------------------------------------------------------------------------------- steps
+
+    def train(self) -> None:
+        self.watch.lap()
+        while self.progress.step < self.steps and self.progress.status == "running":
+            self._step()
+            if self._due():
+                self._log()
+        self.phase.learner.finish(self.state)
+
+    def _step(self) -> None:
+        clock = self._clock()
+        torch.manual_seed(mix(clock.seed, "step", clock.phase, clock.step, clock.rank))
+        metrics = self.phase.learner.step(self.state, self._batches(clock), clock)
+        for name, value in metrics.items():
+            self.window[name] = self.window[name] + value if name in self.window else value
+        progress = self.progress
+        progress.step += 1
+        progress.steps += 1
+        progress.examples += self.phase.batch
+        progress.epochs = progress.examples / self.job.dataset.examples
+
+    def _clock(self) -> Clock:
+        progress, batch = self.progress, self.phase.batch
+        per_step = batch / self.job.dataset.examples
+        epoch = progress.step * per_step
+        return Clock(
+            progress.step, self.steps, epoch, per_step, batch, self.job.seed, progress.phase, self.worker.rank
+        )  # fmt: skip
+
+    def _batches(self, clock: Clock) -> list[Batch]:
+        """This rank's micro-batches of the step. Positions count on through all phases: none sees another's order."""
+        first = self.progress.examples
+        begin, end = share(first, first + self.phase.batch, self.worker.rank, self.worker.size)
+        batches = [self._train_batch(a, b) for a, b in micro(begin, end, self.micro)]
+        for change in self.phase.maps:
+            batches = [change(batch, clock) for batch in batches]
+        return batches
+
+    # ------------------------------------------------------------------------------------------ log, evaluate, save
+
+    def _due(self) -> bool:
+        step = self.progress.step
+        return step in (1, self.steps) or step % self.job.log_steps == 0 or self._evaluates()
+
+    def _evaluates(self) -> bool:
+        return self.progress.step % self.every == 0 or self.progress.step == self.steps
+
+    def _log(self) -> None:
+        """One row of metrics. All ranks reduce first, then decide alike from what they share."""
+        seconds = self.watch.lap()
+        self.progress.train_seconds += seconds
+        row = self._row(seconds)
+        average_buffers(self.net, self.worker)
+        self._judge_loss(row["train_loss"])
+        if self._evaluates() and self.progress.status == "running":
+            row |= evaluate(self.phase, self.net, self.state, self.job.dataset, self.worker)
+        if self.job.target and self.job.target.stop and reached(self.job.target, row):
+            self.progress.status = "done"
+        self.rows.add(row)
+        self.progress.eval_seconds += self.watch.lap()
+        self._save_if_due()
+        self.watch.lap()
+
+    def _row(self, seconds: float) -> dict[str, Any]:
+        progress, steps = self.progress, self.progress.step - self.window_start
+        means = reduced(self.window, self.worker, steps)
+        self.window, self.window_start = {}, progress.step
+        rate = getattr(self.phase.learner, "rate", None)
+        row: dict[str, Any] = {"step": progress.steps, "phase": progress.phase, "epoch": progress.epochs}
+        row |= {"examples": progress.examples, "seconds": progress.train_seconds}
+        row |= {"rate": rate(self._last_clock())} if rate else {}
+        row |= {f"train_{name}": value for name, value in means.items()}
+        return row | {"examples_per_second": steps * self.phase.batch / seconds}
+
+    def _last_clock(self) -> Clock:
+        """The clock of the step that was just taken."""
+        clock = self._clock()
+        return dataclasses.replace(clock, step=clock.step - 1, epoch=clock.epoch - clock.epochs_per_step)
+
+    def _judge_loss(self, loss: float) -> None:
+        """Diverged: not finite, or above EXPLODED times the first loss for 1 % of the phase."""
+        progress = self.progress
+        progress.first_loss = loss if progress.first_loss is None else progress.first_loss
+        high = loss > EXPLODED * progress.first_loss
+        progress.exploded_since = (progress.exploded_since or progress.steps) if high else None
+        lasting = high and progress.steps - progress.exploded_since >= 0.01 * self.steps  # type: ignore[operator]
+        if not math.isfinite(loss) or lasting:
+            progress.status = "diverged"
+
+    def _save_if_due(self) -> None:
+        """Rank 0 alone decides and writes: saving changes nothing that another rank would see."""
+        ended = self.progress.step == self.steps or self.progress.status != "running"
+        if self.worker.rank or ended or time.monotonic() - self.saved_at < self.job.save_seconds:
+            return
+        content = {"progress": asdict(self.progress), "state": self.state, "carried": self.carried}
+        checkpoint.save(self.job.directory / "checkpoints", self.progress.steps, content, self.job.keep)
+        self.saved_at = time.monotonic()
+
+
+class Stopwatch:
+    """Seconds between laps, with the device's work included."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.start = device, time.perf_counter()
+
+    def lap(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        seconds, self.start = now - self.start, now
+        return seconds
+
+
+def steps_of(phase: Phase, examples: int) -> int:
+    """Optimizer steps of a phase: its epochs, rounded up to whole batches (and no further by rounding errors)."""
+    return max(1, math.ceil(phase.epochs * examples / phase.batch - 1e-6))
