@@ -1,0 +1,222 @@
+"""The command `bigbatch`. Data go to stdout, words for people to stderr; what a user did wrong is one line, not a traceback."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="bigbatch",
+    help="Large-batch training studies: one recipe, one publishable answer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+USAGE, FAILED, BUSY, INTERRUPTED = 2, 3, 75, 130
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe: .yaml, .yml or .json")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. base.epochs=2")]
+Output = Annotated[Path, typer.Option("--output", "-o", envvar="BIGBATCH_RUNS", help="the folder that holds all studies")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="let the recipe import your own network")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turns what a user can cause into one clear line and an exit code."""
+    from orchestrator.recipe import RecipeError
+    from orchestrator.store import Busy
+    from orchestrator.study import Changed
+    from orchestrator.workloads import DataError
+    from strategies.contract import PlanError
+
+    try:
+        yield
+    except (RecipeError, DataError, PlanError) as error:
+        say(str(error))
+        raise typer.Exit(USAGE) from None
+    except Changed as error:
+        say(f"the recipe differs from the one that this study began with:\n{error}")
+        say("give it another `study:` name, undo the change, or start afresh with --fresh (the old study is moved aside)")
+        raise typer.Exit(USAGE) from None
+    except Busy as error:
+        say(str(error))
+        raise typer.Exit(BUSY) from None
+
+
+def open_study(path: Path, sets: list[str] | None, allow_code: bool, output: Path = Path("runs")) -> Any:
+    from orchestrator.recipe import load
+    from orchestrator.study import Study
+
+    recipe = load(path, sets or (), allow_code=allow_code)
+    return Study(recipe, path.read_text(encoding="utf-8"), output)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    set_: Sets = None,
+    output: Output = Path("runs"),
+    allow_code: AllowCode = False,
+    wait: Annotated[bool, typer.Option("--wait", help="wait while another driver runs this study")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="move an earlier study of this name aside")] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="end the study at the first failed trial")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", "-n", help="the same as `bigbatch plan`")] = False,
+) -> None:
+    """Run a study, or what is left of it: the same command again goes on where it was."""
+    with plain_errors():
+        study = open_study(recipe, set_, allow_code, output)
+        if dry_run:
+            return print_plan(study, False)
+        from orchestrator.driver import drive
+
+        raise typer.Exit(drive(study, wait=wait, fresh=fresh, fail_fast=fail_fast))
+
+
+@app.command()
+def validate(recipe: RecipePath, set_: Sets = None, allow_code: AllowCode = False) -> None:
+    """Check a recipe: all its errors at once, each with its place."""
+    with plain_errors():
+        from orchestrator.plan import check_plans
+
+        study = open_study(recipe, set_, allow_code)
+        count = check_plans(study)
+        say(f"{recipe}: ok, {count} trials")
+
+
+@app.command()
+def plan(
+    recipe: RecipePath, set_: Sets = None, output: Output = Path("runs"), allow_code: AllowCode = False, as_json: AsJson = False
+) -> None:
+    """What a run would do: trials, batch arithmetic, phases, needs against offers, what is done already."""
+    with plain_errors():
+        print_plan(open_study(recipe, set_, allow_code, output), as_json)
+
+
+def print_plan(study: Any, as_json: bool) -> None:
+    from orchestrator.plan import as_data, as_text
+
+    data = as_data(study)
+    print(json.dumps(data, indent=1) if as_json else as_text(data))
+
+
+@app.command()
+def show(
+    path: Annotated[Path, typer.Argument(metavar="STUDY|RECIPE", help="a study directory, or a recipe")],
+    set_: Sets = None,
+    as_json: AsJson = False,
+    resolved: Annotated[bool, typer.Option("--resolved", help="a recipe with every default filled in")] = False,
+    allow_code: AllowCode = False,
+) -> None:
+    """Results of a study directory, or a recipe as it is understood."""
+    with plain_errors():
+        if path.is_dir():
+            return show_results(path, as_json)
+        from orchestrator.recipe import dump, load
+        from orchestrator.recipe import resolved as resolve
+
+        recipe = load(path, set_ or (), allow_code=allow_code)
+        if not (resolved or as_json):
+            return print(path.read_text(encoding="utf-8"), end="")
+        data = resolve(recipe)
+        print(json.dumps(data, indent=1) if as_json else dump(data), end="\n" if as_json else "")
+
+
+def show_results(path: Path, as_json: bool) -> None:
+    from orchestrator.progress import result_line
+    from orchestrator.store import Store
+
+    results = Store(path).results()
+    if as_json:
+        print(json.dumps(results, indent=1))
+        return
+    if not results and not (path / "journal.jsonl").exists():
+        say(f"{path}: not a study directory (no journal.jsonl)")
+        raise typer.Exit(USAGE)
+    for result in results:
+        print(f"{result['trial']}  {result['status']:9} {result_line(result)}")
+
+
+@app.command()
+def status(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="a study directory")],
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="go on until the study ends")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """How far a study has come, from any terminal."""
+    from orchestrator.progress import show_status
+
+    raise typer.Exit(show_status(study, watch, as_json))
+
+
+@app.command()
+def report(study: Annotated[Path, typer.Argument(metavar="STUDY", help="a study directory")]) -> None:
+    """Build report.html, report.md, results.csv, results.parquet and the figures again."""
+    from orchestrator.report import build
+
+    if not (study / "trials").is_dir():
+        say(f"{study}: not a study directory (no trials/)")
+        raise typer.Exit(USAGE)
+    for line in build(study):
+        say(line)
+    print(study / "report.html")
+
+
+@app.command()
+def schema() -> None:
+    """The JSON Schema of recipes, for editors and other tools."""
+    from orchestrator.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=1))
+
+
+@app.command()
+def strategies() -> None:
+    """The training methods that a recipe can name, with their options."""
+    from dataclasses import fields
+
+    from strategies import CATALOGUE
+
+    for name, kind in sorted(CATALOGUE.items()):
+        module = sys.modules[kind.__module__]
+        print(f"{name}: {(module.__doc__ or '').strip().splitlines()[0]}")
+        for f in fields(kind):
+            print(f"    {f.name} = {f.default}    {f.metadata['doc']}")
+
+
+@app.command()
+def workloads() -> None:
+    """The data sets and models that a recipe can name."""
+    from orchestrator.recipe.schema import Data, Network
+
+    for title, choice in (("data", Data), ("model", Network)):
+        for name, f in choice.model_fields.items():
+            print(f"{title}: {f.alias or name}" + (f"    {f.description}" if f.description else ""))
+
+
+@app.command()
+def init(
+    target: Annotated[Path, typer.Argument(help="the recipe file to write")] = Path("recipe.yaml"),
+    name: Annotated[str, typer.Option("--from", help="the shipped recipe to start from")] = "quickstart",
+) -> None:
+    """Write a recipe to start from."""
+    shipped = sorted(Path(__file__).parent.parent.joinpath("recipes").glob("*.yaml"))
+    source = next((p for p in shipped if p.stem == name), None)
+    if source is None or target.exists():
+        what = f"{target} exists: it is left as it is" if source else f"no recipe {name!r}"
+        say(f"{what}; shipped recipes: {', '.join(p.stem for p in shipped)}")
+        raise typer.Exit(USAGE)
+    target.write_text(source.read_text())
+    say(f"wrote {target}; next: bigbatch validate {target}")
