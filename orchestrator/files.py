@@ -1,4 +1,4 @@
-"""Files that survive crashes: atomic replacement, JSON, and JSON lines to append and to follow. Standard library only."""
+"""Files that survive crashes: atomic replacement, JSON, JSON lines to append and to follow. Standard library only."""
 
 from __future__ import annotations
 

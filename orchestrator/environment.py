@@ -1,0 +1,148 @@
+"""What a study ran on: versions, hardware, source, command; without secrets, and without torch, ray or wandb."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import psutil
+
+PACKAGES = ("torch", "ray", "numpy", "deepspeed", "wandb")
+VARIABLES = re.compile(r"OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES|BIGBATCH_\w+")
+SECRET = re.compile(
+    r"(^|[_\W])(api[_-]?key|access[_-]?key|private[_-]?key|secret|password|passwd|passphrase|credentials?|token|auth)$"
+)
+USERINFO = re.compile(r"(?<=://)[^/\s@]+@")
+HIDDEN = "***"
+
+
+def describe() -> dict[str, Any]:
+    """JSON data; what cannot be found out is left out or None. Takes some milliseconds, with a GPU up to 5 s."""
+    return {
+        "bigbatch": _version("bigbatch"),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "os": platform.platform(),
+        "host": socket.gethostname(),
+        "cpu": _cpu(),
+        "cores": {"physical": psutil.cpu_count(logical=False), "logical": psutil.cpu_count(), "usable": usable_cores()},
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus(),
+        "git": _git(),
+        "command": redact_command(sys.argv),
+        "variables": _variables(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
+
+
+def _cpuinfo(field: str) -> str:
+    """The first processor's value of a field of /proc/cpuinfo; empty where there is none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+    found = re.search(rf"^{field}\s*:\s*(.*)$", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _cpu() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def has_gpu() -> bool:
+    """Whether this machine has an NVIDIA GPU that the recipe's user has not hidden."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and Path("/dev/nvidia0").exists()
+
+
+def gpus() -> list[str]:
+    """Names of all NVIDIA GPUs, from the driver's files, else from nvidia-smi."""
+    named = [_gpu_name(path) for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))]
+    return named or _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+
+
+def _gpu_name(information: Path) -> str:
+    found = re.search(r"^Model:\s*(.*)$", information.read_text(), re.MULTILINE)
+    return found[1].strip() if found else "unknown"
+
+
+def _output(*command: str) -> str:
+    """What a program prints; empty if there is no such program, or if it fails or takes more than 5 s."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _git() -> dict[str, Any] | None:
+    """The commit of the current directory, and whether tracked files differ from it."""
+    commit = _output("git", "rev-parse", "HEAD")
+    dirty = bool(_output("git", "status", "--porcelain", "--untracked-files=no"))
+    return {"commit": commit, "dirty": dirty} if commit else None
+
+
+def _variables() -> dict[str, str]:
+    """An allow-list: what is not on it is never read."""
+    found = {name: value for name, value in os.environ.items() if VARIABLES.fullmatch(name)}
+    if address := os.environ.get("RAY_ADDRESS"):
+        found["RAY_ADDRESS"] = urlsplit(address if "//" in address else f"//{address}").hostname or ""
+    return redact(found)
+
+
+def redact(value: Any) -> Any:
+    """JSON data with *** for the values of keys that look like secrets, and for the user part of URLs."""
+    if isinstance(value, dict):
+        return {
+            key: HIDDEN if is_secret(str(key)) and item is not None else redact(item) for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redact(item) for item in value]
+    return USERINFO.sub(f"{HIDDEN}@", value) if isinstance(value, str) else value
+
+
+def is_secret(name: str) -> bool:
+    """Whether a key or an option is named like a secret: `api_key`, `HF_TOKEN`, `--password`; not `num_tokens`."""
+    return bool(SECRET.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
+
+
+def redact_command(arguments: list[str]) -> list[str]:
+    """A command line with *** for what follows an option, or an assignment to a name, that looks like a secret."""
+    before = [""] + arguments
+    return [
+        HIDDEN if option.startswith("-") and is_secret(option) else _redact_argument(argument)
+        for option, argument in zip(before, arguments, strict=False)
+    ]
+
+
+def _redact_argument(argument: str) -> str:
+    """Also where it assigns twice: `--set=api_key=...`."""
+    parts = argument.split("=")
+    secret = next((i for i, name in enumerate(parts[:-1], 1) if is_secret(name)), None)
+    return redact(argument) if secret is None else "=".join([*parts[:secret], HIDDEN])
+
+
+def resolve_precision(
+    asked: Literal["auto", "fp32", "bf16", "fp64"], convolutional: bool
+) -> Literal["fp32", "bf16", "fp64"]:
+    """`auto` is bf16 where the hardware gains by it: on GPUs, and for convolutions on CPUs with AMX; else fp32."""
+    if asked != "auto":
+        return asked
+    return "bf16" if has_gpu() or (convolutional and "amx_bf16" in _cpuinfo("flags").split()) else "fp32"
