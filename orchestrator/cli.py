@@ -92,7 +92,7 @@ def validate(recipe: RecipePath, set_: Sets = None, allow_code: AllowCode = Fals
         from orchestrator.plan import check_plans
 
         study = open_study(recipe, set_, allow_code)
-        count = check_plans(study)
+        count = check_plans(study.recipe)
         say(f"{recipe}: ok, {count} trials")
 
 

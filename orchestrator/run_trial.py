@@ -79,7 +79,7 @@ def _job(worker: Worker, assignment: Assignment) -> Any:
     import torch
 
     from orchestrator.trainer import Job
-    from orchestrator.workloads.open import open_dataset
+    from orchestrator.workloads import open_dataset
 
     trial = assignment.trial
     dtype = torch.float64 if trial.precision == "fp64" else torch.float32

@@ -119,7 +119,7 @@ class PhaseRun:
     def __init__(self, job: Job, worker: Worker, progress: Progress, rows: Rows, carried: Weights | None):
         self.job, self.worker, self.progress, self.rows, self.carried = job, worker, progress, rows, carried
         self.phase = phase = job.plan.phases[progress.phase]
-        self.steps = steps_of(phase, job.dataset.examples)
+        self.steps = phase.steps(job.dataset.examples)
         self.every = job.evaluate.in_steps(job.dataset.examples, phase.batch)
         self.net = self._build()
         self.micro = self._micro_batch()
@@ -266,8 +266,3 @@ class Stopwatch:
         now = time.perf_counter()
         seconds, self.start = now - self.start, now
         return seconds
-
-
-def steps_of(phase: Phase, examples: int) -> int:
-    """Optimizer steps of a phase: its epochs, rounded up to whole batches (and no further by rounding errors)."""
-    return max(1, math.ceil(phase.epochs * examples / phase.batch - 1e-6))

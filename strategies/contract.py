@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Flag, auto
+from math import ceil
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -198,6 +199,10 @@ class Phase:
     source: Source = all_data
     surgery: tuple[Surgery, ...] = ()
     maps: tuple[BatchMap, ...] = ()
+
+    def steps(self, examples: int) -> int:
+        """Optimizer steps on a data set of `examples`: the epochs, rounded up to whole batches but not by rounding errors."""
+        return max(1, ceil(self.epochs * examples / self.batch - 1e-6))
 
 
 @dataclass(frozen=True, slots=True)
