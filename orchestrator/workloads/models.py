@@ -1,0 +1,159 @@
+"""The networks that recipes name, as `Net`s that strategies can take apart.
+
+Weights start as in the literature: He normal before a ReLU, zero biases, and gamma = 0 in the last batch norm of
+every residual branch, so that a residual network starts as its shortcuts alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from strategies.contract import PlanError
+from strategies.net import Net
+
+
+def build_network(inputs: tuple[int, ...], classes: int, name: str, **options: Any) -> Net:
+    """The network that recipes call `name`, for inputs of shape (c, h, w) or (d,). Raises PlanError if it can't be."""
+    return BUILDERS[name](inputs, classes, **options)
+
+
+def mlp(inputs: tuple[int, ...], classes: int, width: int, depth: int) -> Net:
+    """`depth` linear layers; a stage for each but the last, which is the head."""
+    sizes = [math.prod(inputs), *[width] * (depth - 1)]
+    hidden = [nn.Sequential(_linear(size, out), nn.ReLU()) for size, out in pairwise(sizes)]
+    return Net([nn.Flatten(), *hidden], head=_head(sizes[-1], classes))
+
+
+def small_cnn(inputs: tuple[int, ...], classes: int, width: int, batch_norm: bool) -> Net:
+    """Three stages of a 3x3 convolution; the side is halved after the first two, the channels double."""
+    channels, stages = _image_channels("small_cnn", inputs), []
+    for i, out in enumerate((width, 2 * width, 4 * width)):
+        layers = [_conv(channels, out, bias=not batch_norm), *([nn.BatchNorm2d(out)] if batch_norm else []), nn.ReLU()]
+        stages.append(nn.Sequential(*layers, *([nn.MaxPool2d(2, ceil_mode=True)] if i < 2 else [])))
+        channels = out
+    return Net(stages, _average(), _head(channels, classes))
+
+
+VGG = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}  # convolutions per stage
+
+
+def vgg(inputs: tuple[int, ...], classes: int, depth: int, width: int) -> Net:
+    """Five stages of 3x3 convolutions with batch norm, each ending in a 2x2 max-pool; one linear layer as head."""
+    channels, stages = _image_channels("vgg", inputs), []
+    for convolutions, factor in zip(VGG[depth], (1, 2, 4, 8, 8), strict=True):
+        layers: list[nn.Module] = []
+        for _ in range(convolutions):
+            layers += [_conv(channels, factor * width), nn.BatchNorm2d(factor * width), nn.ReLU()]
+            channels = factor * width
+        stages.append(nn.Sequential(*layers, nn.MaxPool2d(2, ceil_mode=True)))  # ceil: sides below 32 end at 1
+    return Net(stages, _average(), _head(channels, classes))
+
+
+def resnet(inputs: tuple[int, ...], classes: int, depth: int, width: int | None = None) -> Net:
+    """A stem and three stages of (depth - 2) / 6 blocks with parameter-free shortcuts (option A of the paper).
+
+    Depth 18 has four stages of two blocks, and 1x1 projections where the shape changes. `width`: channels of the first
+    stage, default 16, or 64 for depth 18.
+    """
+    wide = depth == 18
+    width = width or (64 if wide else 16)
+    blocks, stage_count = (2, 4) if wide else ((depth - 2) // 6, 3)
+    stages = [nn.Sequential(_conv(_image_channels("resnet", inputs), width), nn.BatchNorm2d(width), nn.ReLU())]
+    channels = width
+    for i in range(stage_count):
+        out = width * 2**i
+        first = Residual(channels, out, stride=2 if i else 1, project=wide)
+        stages.append(nn.Sequential(first, *(Residual(out, out) for _ in range(blocks - 1))))
+        channels = out
+    return Net(stages, _average(), _head(channels, classes))
+
+
+class Residual(nn.Module):
+    """relu(shortcut(x) + branch(x)) with two 3x3 convolutions in the branch."""
+
+    def __init__(self, channels: int, out: int, stride: int = 1, project: bool = False):
+        super().__init__()
+        last = nn.BatchNorm2d(out)
+        nn.init.zeros_(last.weight)
+        first = (_conv(channels, out, stride), nn.BatchNorm2d(out), nn.ReLU())
+        self.branch = nn.Sequential(*first, _conv(out, out), last)
+        self.shortcut = _shortcut(channels, out, stride, project)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.shortcut(x) + self.branch(x))
+
+
+class Subsample(nn.Module):
+    """The parameter-free shortcut: every `stride`-th pixel, zeros for the new channels."""
+
+    def __init__(self, stride: int, extra: int):
+        super().__init__()
+        self.stride, self.extra = stride, extra
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.extra))
+
+
+def _shortcut(channels: int, out: int, stride: int, project: bool) -> nn.Module:
+    if channels == out and stride == 1:
+        return nn.Identity()
+    if project:
+        return nn.Sequential(_conv(channels, out, stride, kernel=1), nn.BatchNorm2d(out))
+    return Subsample(stride, out - channels)
+
+
+def imported(inputs: tuple[int, ...], classes: int, path: str) -> Net:
+    """The user's own network: `path` is package.module:function, called as function(inputs, classes)."""
+    module_name, _, function = path.partition(":")
+    try:
+        build = getattr(importlib.import_module(module_name), function)
+    except AttributeError:
+        raise PlanError(f"model import {path}: {module_name} has no function {function}") from None
+    except Exception as error:  # the user's module may raise anything
+        hint = "; put its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        raise PlanError(f"model import {path}: cannot import {module_name}: {error!r}{hint}") from error
+    net = build(inputs, classes)
+    if not isinstance(net, nn.Module):
+        raise PlanError(f"model import {path}: returned {type(net).__name__}, expected a torch.nn.Module")
+    return net if isinstance(net, Net) else Net([net])
+
+
+BUILDERS: dict[str, Callable[..., Net]] = {
+    "mlp": mlp, "small_cnn": small_cnn, "resnet": resnet, "vgg": vgg, "import": imported,
+}  # fmt: skip
+
+
+def _conv(channels: int, out: int, stride: int = 1, kernel: int = 3, bias: bool = False) -> nn.Conv2d:
+    conv = nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, bias=bias)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _linear(size: int, out: int, nonlinearity: Literal["relu", "linear"] = "relu") -> nn.Linear:
+    linear = nn.Linear(size, out)
+    nn.init.kaiming_normal_(linear.weight, nonlinearity=nonlinearity)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def _head(size: int, classes: int) -> nn.Linear:
+    return _linear(size, classes, "linear")  # no ReLU behind it, so no factor 2
+
+
+def _average() -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def _image_channels(name: str, inputs: tuple[int, ...]) -> int:
+    if len(inputs) != 3:
+        raise PlanError(f"model {name} needs images (channels, height, width), the data have shape {inputs}: use mlp")
+    return inputs[0]
