@@ -125,7 +125,7 @@ def is_secret(name: str) -> bool:
 
 def redact_command(arguments: list[str]) -> list[str]:
     """A command line with *** for what follows an option, or an assignment to a name, that looks like a secret."""
-    before = [""] + arguments
+    before = ["", *arguments]
     return [
         HIDDEN if option.startswith("-") and is_secret(option) else _redact_argument(argument)
         for option, argument in zip(before, arguments, strict=False)
