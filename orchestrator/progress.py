@@ -64,10 +64,15 @@ def ended_line(result: dict[str, Any], status: dict[str, Any]) -> str:
     """`[12/24] sgd batch 128 seed 1: target 0.95 at step 140, accuracy 0.972, 1.3 s, ETA 0:41`."""
     trials = status["trials"]
     place = f"[{trials['total'] - trials['running'] - trials['left']}/{trials['total']}]"
+    eta = "" if result["status"] == "failed" else f", ETA {duration(status['eta_seconds'])}"
+    return f"{place} {result_line(result)}{eta}"
+
+
+def result_line(result: dict[str, Any]) -> str:
+    """`sgd batch 128 seed 1: target 0.95 at step 140, accuracy 0.972, 1.3 s`, or the error of a failed trial."""
     if result["status"] == "failed":
-        return f"{place} {name(result)}: FAILED: {printable(str(result['error']))}"
-    parts = [*_outcome(result), f"{result['seconds']['train']:.1f} s", f"ETA {duration(status['eta_seconds'])}"]
-    return f"{place} {name(result)}: {', '.join(parts)}"
+        return f"{name(result)}: FAILED: {printable(str(result['error']))}"
+    return f"{name(result)}: {', '.join(_outcome(result))}, {result['seconds']['train']:.1f} s"
 
 
 def _outcome(result: dict[str, Any]) -> list[str]:
@@ -90,7 +95,8 @@ def _target(target: dict[str, Any] | None) -> list[str]:
 def render(status: dict[str, Any]) -> RenderableType:
     """All of a study on a few lines: its state, counts, time left, and the running trials."""
     trials = status["trials"]
-    bar = ProgressBar(total=trials["total"], completed=trials["total"] - trials["running"] - trials["left"], width=60)
+    bar = Table.grid()  # a bar on its own has no end of line
+    bar.add_row(ProgressBar(trials["total"], trials["total"] - trials["running"] - trials["left"], width=60))
     return Group(_headline(status), bar, *([_running(status["running"])] if status["running"] else []))
 
 
@@ -195,7 +201,7 @@ def follow(study: Path, poll: float = 0.5) -> Iterator[dict[str, Any]]:
 
 
 def read_status(study: Path) -> dict[str, Any]:
-    """`status.json`, with state `interrupted` if its driver is gone. Raises ValueError, one line, for what is no study."""
+    """`status.json`, with state `interrupted` if its driver is gone. Raises ValueError for what is no study."""
     try:
         status = read_json(study / "status.json")
     except (FileNotFoundError, NotADirectoryError):

@@ -26,8 +26,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
 from orchestrator.environment import redact
 from orchestrator.files import Tail, read_json, write_atomic, write_json
 from orchestrator.recipe.schema import Wandb
@@ -124,7 +122,7 @@ class Copier:
     def __init__(self, study: Path, options: Wandb, token: str) -> None:
         self.study = study
         self.options = options
-        self.group = _study_name(study)
+        self.group = study.resolve().name
         self.token = token
         self.copies: dict[str, Copy] = {}
         self.finished: dict[str, Any] = {}  # trial -> stamp of the result whose run is complete
@@ -278,11 +276,6 @@ def _netrc_has(host: str) -> bool:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def _study_name(study: Path) -> str:
-    recipe = study / "resolved.yaml"
-    return yaml.safe_load(recipe.read_text())["study"] if recipe.exists() else study.resolve().name
 
 
 def _token(study: Path) -> str:

@@ -77,6 +77,7 @@ def gone() -> int:
 def test_view_has_counts_eta_and_running_trials() -> None:
     text = shown(a_status())
     assert "quick  running  11 of 24 trials done, 1 failed, 1 running, 11 left  ETA 0:41" in text
+    assert [line.split()[0] for line in text.splitlines()[2:]] == ["trial", "sgd"]
     row = next(line.split() for line in text.splitlines() if "batch" in line)
     assert row == ["sgd", "batch", "128", "seed", "1", "40/140", "1.78", "0.3125", "0.95", "6,244"]
 

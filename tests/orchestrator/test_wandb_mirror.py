@@ -37,7 +37,6 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def study(tmp_path: Path) -> Path:
     path = tmp_path / "quickstart"
     path.mkdir()
-    (path / "resolved.yaml").write_text("study: quick\n")
     return path
 
 
@@ -127,7 +126,7 @@ def test_every_row_once_with_config_summary_and_exit_code(
     assert [found[t][0].exit_code for t in ("aaa", "bbb", "ccc")] == [0, 1, 0]
     run = found["aaa"][0]
     assert run.rows[4] | {"train_loss": 0.2, "phase": 0, "step": 5, "_step": 5} == run.rows[4]
-    assert (run.record.project, run.record.run_group, run.record.job_type) == ("mine", "quick", "sgd")
+    assert (run.record.project, run.record.run_group, run.record.job_type) == ("mine", "quickstart", "sgd")
     assert run.record.display_name == "sgd b=64 s=0"
     assert run.summary["target/step"] == 7 and run.summary["final/test_accuracy"] == 0.95
     assert len(set(run.summary) | set(run.rows[0])) <= 60
