@@ -1,0 +1,67 @@
+"""What is wrong with a recipe, and where: one line per mistake, all of them at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Path: TypeAlias = "tuple[str | int, ...]"
+"""Keys and list positions that lead from the top of a recipe to a value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A file with a line and a column, both from 1; or an override, which has neither."""
+
+    file: str
+    line: int | None = None
+    column: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One mistake. Prints as `recipe.yaml:14:7: base.batchh: unknown key, did you mean "batch"?`"""
+
+    file: str
+    line: int | None
+    column: int | None
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}:{self.column}"
+        return ": ".join(part for part in (place, self.path, self.message) if part)
+
+    @classmethod
+    def at(cls, place: Place, path: Path, message: str) -> Problem:
+        return cls(place.file, place.line, place.column, spell(path), message)
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; `problems` holds every mistake found, in the order of the file."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = sorted(problems, key=lambda p: (p.line or 0, p.column or 0))
+        super().__init__("\n".join(str(p) for p in self.problems))
+
+
+def spell(path: Path) -> str:
+    """`strategies[1].ema.decay` for ("strategies", 1, "ema", "decay")."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return printable(text.removeprefix("."))
+
+
+def printable(text: str) -> str:
+    """Without control characters, which could steer a terminal, and at most 80 characters long."""
+    clean = "".join(c if c.isprintable() else "?" for c in text)
+    return clean if len(clean) <= 80 else clean[:77] + "..."
+
+
+def nearest(name: str, names: Sequence[str], what: str = "expected one of") -> str:
+    """`did you mean "batch"?` where a right name is near, else the list of right names."""
+    near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
+    if near:
+        return f'did you mean "{next(n for n in names if n.lower() == near[0])}"?'
+    return f"{what} {', '.join(names)}" if names else "none is allowed here"

@@ -1,0 +1,74 @@
+"""The whole recipe: one study, its arms, its grid, its seeds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
+
+from orchestrator.recipe.derive import choice_of, grid_over, patch_of
+from orchestrator.recipe.schema import (
+    Base,
+    Checkpoint,
+    Choice,
+    Cluster,
+    Count,
+    Ddp,
+    Engine,
+    Model,
+    Name,
+    Positive,
+    Precision,
+    Tracking,
+    Workload,
+)
+from strategies import CATALOGUE
+
+if TYPE_CHECKING:
+    StrategyChoice: TypeAlias = Choice
+    BasePatch: TypeAlias = Base
+    Grid: TypeAlias = Model
+else:
+    StrategyChoice = choice_of(CATALOGUE)
+    BasePatch = patch_of(Base)
+    # "auto" may be the same as another value, so it cannot be crossed with them
+    Grid = grid_over(base=Base, workload=Workload, precision=Literal["fp32", "bf16", "fp64"])
+
+
+def distinct(values: list[Any]) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise PydanticCustomError("distinct", "expected each value once")
+    return values
+
+
+Distinct = Annotated[
+    list[Count], Field(min_length=1, json_schema_extra={"uniqueItems": True}), AfterValidator(distinct)
+]
+
+
+class Arm(Model):
+    """One combination that the study compares with others."""
+
+    strategies: list[StrategyChoice] = Field(default=[], description="applied after the strategies of the study")
+    base: BasePatch = Field(default=BasePatch.model_construct(), description="what this arm changes in the base")
+
+
+class Recipe(Model):
+    """A bigbatch study: workload x arms x grid x seeds."""
+
+    study: Name = Field(description="names the directory of the results")
+    workload: Workload
+    engine: Engine = Engine(ddp=Ddp())
+    cluster: Cluster = Cluster()
+    precision: Precision = "auto"
+    base: Base
+    strategies: list[StrategyChoice] = Field(default=[], description="applied in every arm")
+    arms: dict[Name, Arm] = Field(
+        default={"base": Arm()}, min_length=1, json_schema_extra={"additionalProperties": False}
+    )
+    grid: Grid = Field(default=Grid(), description="values to cross, by dotted path: {base.batch: [32, 128]}")
+    seeds: Positive | Distinct = Field(default=1, description="how many (3: seeds 0, 1, 2), or which")
+    tracking: Tracking = Tracking()
+    checkpoint: Checkpoint = Checkpoint()
+    log_steps: Positive = Field(default=50, description="optimizer steps between rows of metrics.jsonl")
