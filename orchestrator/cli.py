@@ -23,8 +23,12 @@ app = typer.Typer(
 USAGE, FAILED, BUSY, INTERRUPTED = 2, 3, 75, 130
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe: .yaml, .yml or .json")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. base.epochs=2")]
-Output = Annotated[Path, typer.Option("--output", "-o", envvar="BIGBATCH_RUNS", help="the folder that holds all studies")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. base.epochs=2")
+]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", envvar="BIGBATCH_RUNS", help="the folder that holds all studies")
+]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="let the recipe import your own network")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
@@ -49,7 +53,9 @@ def plain_errors() -> Iterator[None]:
         raise typer.Exit(USAGE) from None
     except Changed as error:
         say(f"the recipe differs from the one that this study began with:\n{error}")
-        say("give it another `study:` name, undo the change, or start afresh with --fresh (the old study is moved aside)")
+        say(
+            "give it another `study:` name, undo the change, or start afresh with --fresh (the old study is moved aside)"
+        )
         raise typer.Exit(USAGE) from None
     except Busy as error:
         say(str(error))
@@ -98,7 +104,11 @@ def validate(recipe: RecipePath, set_: Sets = None, allow_code: AllowCode = Fals
 
 @app.command()
 def plan(
-    recipe: RecipePath, set_: Sets = None, output: Output = Path("runs"), allow_code: AllowCode = False, as_json: AsJson = False
+    recipe: RecipePath,
+    set_: Sets = None,
+    output: Output = Path("runs"),
+    allow_code: AllowCode = False,
+    as_json: AsJson = False,
 ) -> None:
     """What a run would do: trials, batch arithmetic, phases, needs against offers, what is done already."""
     with plain_errors():

@@ -98,7 +98,9 @@ def as_text(data: dict[str, Any]) -> str:
 
 
 def _line(s: dict[str, Any]) -> str:
-    arithmetic = f"{s['workers']} x {s['micro_batch']} x {s['accumulation']}" + (" (memory permitting)" if s["found"] else "")
+    arithmetic = f"{s['workers']} x {s['micro_batch']} x {s['accumulation']}" + (
+        " (memory permitting)" if s["found"] else ""
+    )
     phases = " > ".join(f"{p['name']} {p['epochs']:g} epochs" for p in s["phases"])
     others = ", ".join(f"{k}={v}" for k, v in s["point"].items() if k != "base.batch")
     tail = f"{phases}; {', '.join(s['needs']) or 'nothing'}" + (f"  [{others}]" if others else "")

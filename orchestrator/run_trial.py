@@ -37,7 +37,7 @@ def run_trial(worker: Worker, assignment: Assignment) -> dict[str, Any]:
 def _run(worker: Worker, assignment: Assignment) -> dict[str, Any]:
     from orchestrator.trainer import Trainer
 
-    began = time.perf_counter()
+    start, began = time.time(), time.perf_counter()
     trial = assignment.trial
     job = _job(worker, assignment)
     data_seconds = time.perf_counter() - began
@@ -63,6 +63,8 @@ def _run(worker: Worker, assignment: Assignment) -> dict[str, Any]:
         "threads": trial.cluster.threads,
         "precision": trial.precision,
         "device": _device_name(worker),
+        "began": start,
+        "ended": time.time(),
     }
 
 
