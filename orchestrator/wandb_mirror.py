@@ -2,8 +2,8 @@
 
 `metrics.jsonl` is the truth and W&B a copy. A trial is one run, in one piece: an offline run that was cut short (a
 crash, a kill, an interrupted study) is thrown away when the study goes on, and written anew from the first row, so that
-the runs of a study always hold each logged step once. Online, the server says which step it has, and rows go on from
-there. `trials/<id>/wandb.json` marks the trials whose run is complete.
+the runs of a study hold each logged step once. Until then, a kill costs the last second or so of rows. Online, the
+server says which step it has, and rows go on from there. `trials/<id>/wandb.json` marks trials whose run is complete.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
+
+import psutil
 
 from orchestrator.environment import redact
 from orchestrator.files import Tail, read_json, write_atomic, write_json
@@ -82,9 +84,14 @@ def _installed() -> bool:
 
 def _spawn(study: Path, options: Wandb) -> subprocess.Popen[bytes]:
     """In a session of its own: Ctrl-C is for the driver, which then closes the pipe."""
-    command = [sys.executable, "-m", "orchestrator.wandb_mirror", str(study), options.model_dump_json()]
     with open(study / "wandb_mirror.log", "ab") as log:
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            _command(study, options), stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+        )
+
+
+def _command(study: Path, options: Wandb) -> list[str]:
+    return [sys.executable, "-m", "orchestrator.wandb_mirror", str(study), options.model_dump_json()]
 
 
 # --------------------------------------------------------------------------------------------- in its own process
@@ -169,7 +176,7 @@ class Copier:
     def _begin(self, trial: Path) -> Any:
         config = read_json(trial / "config.json")
         identity = f"{self.token}-{trial.name}"
-        for cut_short in (self.study / "wandb").glob(f"offline-run-*-{identity}"):
+        for cut_short in (self.study / "wandb").glob(f"*run-*-{identity}"):
             shutil.rmtree(cut_short)
         if self.options.mode == "online":
             time.sleep(PACE)
@@ -179,11 +186,19 @@ class Copier:
             if self.options.mode == "offline":
                 raise
             self._go_offline(f"{type(error).__name__}: {error}")
-            return self._init(identity, config)
+            self._start_anew()
 
     def _go_offline(self, why: str) -> None:
         log(f"W&B runs are kept offline, in {self.study.name}/wandb (wandb sync sends them): {why}")
         self.options = self.options.model_copy(update={"mode": "offline"})
+
+    def _start_anew(self) -> NoReturn:
+        """W&B's own process still holds the run that failed, and would refuse it: replace both processes."""
+        children = psutil.Process().children(recursive=True)
+        for child in children:
+            child.kill()
+        psutil.wait_procs(children, timeout=PROBE)
+        os.execv(sys.executable, _command(self.study, self.options))
 
     def _init(self, identity: str, config: dict[str, Any]) -> Any:
         import wandb
@@ -233,7 +248,7 @@ SETTINGS: dict[str, Any] = {
     "symlink": False,
     "console": "off",
     "silent": True,
-    "init_timeout": 30.0,
+    "init_timeout": 15.0,
 }
 
 
@@ -303,6 +318,7 @@ def log(text: str) -> None:
 def main() -> None:
     """`python -m orchestrator.wandb_mirror STUDY_DIR OPTIONS_JSON`: copies until its standard input ends."""
     os.nice(10)
+    os.environ.pop("WANDB_SERVICE", None)  # W&B's own process is to be ours, not one that someone else ends
     study = Path(sys.argv[1])
     token = _token(study)
     with open(study / "wandb" / "study_token") as lock:

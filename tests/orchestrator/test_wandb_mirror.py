@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import http.server
 import importlib.util
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -236,6 +238,33 @@ def test_unreachable_server_costs_seconds_and_leaves_an_offline_run(
     assert steps(runs(study)["aaa"]) == list(range(1, ROWS + 1))
     why = "no answer from 127.0.0.1" if key else "no API key for 127.0.0.1"
     assert why in (study / "wandb_mirror.log").read_text()
+
+
+class Refusal(http.server.BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        self.send_error(401)
+
+    def log_message(self, *_: object) -> None:
+        """Silent."""
+
+
+def test_server_that_refuses_leaves_whole_offline_runs(
+    study: Path, start: Callable[..., wandb_mirror.Mirror], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        whole_trial(study, "aaa")
+        whole_trial(study, "bbb")
+        start(mode="online").stop()
+        server.shutdown()
+    found = runs(study)
+    assert {trial: [(len(r.rows), r.exit_code) for r in fragments] for trial, fragments in found.items()} == {
+        "aaa": [(ROWS, 0)],
+        "bbb": [(ROWS, 0)],
+    }
 
 
 def test_no_secret_of_the_environment_is_kept(
