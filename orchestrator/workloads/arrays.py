@@ -99,11 +99,13 @@ def _wrong(parsed: Parsed) -> str | None:
 
 
 def _statistics(x: NDArray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel (the last axis), in float64."""
-    channels = x.reshape(-1, x.shape[-1])
+    """Mean and standard deviation per channel (the last axis), in float64, a block of examples at a time."""
     unit = 255.0 if x.dtype == np.uint8 else 1.0
-    mean, std = channels.mean(0, dtype=np.float64) / unit, channels.std(0, dtype=np.float64) / unit
-    return mean.tolist(), np.where(std > 0, std, 1.0).tolist()
+    blocks = [x[i : i + 1024].reshape(-1, x.shape[-1]) for i in range(0, len(x), 1024)]
+    count = sum(len(block) for block in blocks)
+    mean = sum(block.sum(0, dtype=np.float64) for block in blocks) / count
+    std = np.sqrt(sum(np.square(block - mean).sum(0) for block in blocks) / count)
+    return (mean / unit).tolist(), np.where(std > 0, std / unit, 1.0).tolist()
 
 
 def _open(path: Path) -> Arrays:

@@ -36,7 +36,7 @@ class Dataset:
     def train(self, start: int, stop: int) -> Batch:
         """Augmented examples of stream positions [start, stop)."""
         position = torch.arange(start, stop, device=self.device)
-        chosen = self._place(order.indices(self.seed, start, stop, self.examples))
+        chosen = self._send(order.indices(self.seed, start, stop, self.examples))
         x = self.train_x.index_select(0, chosen)
         if self.augment.crop:
             x = _crop(x, self.augment.crop, uniform(self.seed, "crop", position, 2))
@@ -58,6 +58,11 @@ class Dataset:
         """On the device, images as (n, h, w, c); the memory is shared with `array` where that is possible."""
         tensor = torch.from_numpy(array)
         return (tensor.permute(0, 2, 3, 1) if tensor.ndim == 4 else tensor).contiguous().to(self.device)
+
+    def _send(self, places: NDArray) -> Tensor:
+        """On the device; pinned on the way to a GPU, so that the host does not wait for the work queued there."""
+        tensor = torch.from_numpy(places)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def _set_scale(self, arrays: Arrays) -> None:
         """Factor and summand of the normalisation, for every entry of an example: (size,) each."""
