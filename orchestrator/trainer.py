@@ -18,7 +18,7 @@ from orchestrator.phases import PhaseStore, Record
 from orchestrator.recipe.schema import Interval, Target
 from orchestrator.results import reached
 from orchestrator.workloads.order import micro, share
-from strategies.contract import Batch, Clock, Phase, Plan, State, Weights, Worker, mix
+from strategies.contract import Batch, Clock, Plan, State, Weights, Worker, mix
 from strategies.net import Net
 
 EXPLODED = 3.0  # times the first loss: a trial that stays above it for 1 % of its steps has diverged
@@ -107,6 +107,7 @@ class Trainer:
         return self.worker.sum_(have).item() == self.worker.size
 
     def _reuse(self, record: Record) -> Weights:
+        self.rows.trim(record.progress["steps"] - record.progress["step"])  # rows of an unfinished attempt at the phase
         self.rows.extend(record.rows)
         reused = self.progress.reused_steps + record.progress["step"]
         self.progress = Progress(**record.progress | {"reused_steps": reused, "status": record.progress["status"]})

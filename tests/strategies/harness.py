@@ -96,9 +96,8 @@ def train(plan: Plan, directory: Path, data: Blobs | None = None, worker: Any = 
         directory=directory / "trial",
         store=PhaseStore(directory / "phases"),
         context={"test": str(directory)},
-        evaluate=Interval(epochs=1),
         dtype=torch.float64,
-        **{"log_steps": 1, "micro_batch": 64} | options,
+        **{"log_steps": 1, "micro_batch": 64, "evaluate": Interval(epochs=1)} | options,
     )
     trainer = Trainer(job, worker)
     progress = trainer.run()

@@ -1,0 +1,180 @@
+"""The trainer on plans of its own: phases, sharing, resuming twice, divergence, stopping, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from orchestrator.recipe.schema import Interval, Target
+from strategies.contract import ModelSpec, Plan
+from strategies.net import Net
+from strategies.optimizers import AdamW
+from strategies.rate import Rate
+from tests.strategies.harness import Blobs, Pair, baseline, distance, tiny_net, train
+
+
+def two_phases(second_rate: float = 0.05) -> Plan:
+    (first,) = baseline(epochs=2).phases
+    learner = dataclasses.replace(first.learner, rate=Rate(second_rate))  # type: ignore[type-var]
+    return Plan((first, dataclasses.replace(first, name="second", epochs=1, learner=learner)))
+
+
+def without_seconds(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def test_phases_follow_each_other(tmp_path: Path) -> None:
+    trained = train(two_phases(), tmp_path)
+    assert [row["step"] for row in trained.rows] == list(range(1, 13))
+    assert [row["phase"] for row in trained.rows] == [0] * 8 + [1] * 4
+    assert trained.progress.status == "done" and trained.progress.examples == 144
+
+
+def test_a_shared_phase_is_trained_once_and_changes_nothing(tmp_path: Path) -> None:
+    train(two_phases(0.05), tmp_path)
+    (tmp_path / "trial" / "metrics.jsonl").unlink()
+    shared = train(two_phases(0.02), tmp_path)  # its first phase is on file
+    alone = train(two_phases(0.02), tmp_path / "elsewhere", Blobs())
+    assert shared.progress.reused_steps == 8 and alone.progress.reused_steps == 0
+    assert distance(shared, alone) == 0
+    assert without_seconds(shared.rows) == without_seconds(alone.rows)
+
+
+@pytest.mark.parametrize("make", [baseline, two_phases])
+def test_killed_at_every_step_twice(tmp_path: Path, make: Callable[[], Plan]) -> None:
+    unbroken = train(make(), tmp_path / "unbroken")
+    for step in range(len(unbroken.rows) - 1):
+        folder = tmp_path / str(step)
+        for at in (step, step + 1):
+            with pytest.raises(InterruptedError):
+                train(make(), folder, Blobs(fail_at=at * 12), save_seconds=0)
+        resumed = train(make(), folder, save_seconds=0)
+        assert distance(resumed, unbroken) == 0
+        assert without_seconds(resumed.rows) == without_seconds(unbroken.rows)
+
+
+def test_a_damaged_checkpoint_costs_steps_not_the_result(tmp_path: Path) -> None:
+    unbroken = train(baseline(), tmp_path / "unbroken")
+    with pytest.raises(InterruptedError):
+        train(baseline(), tmp_path / "broken", Blobs(fail_at=96), save_seconds=0)
+    newest = max((tmp_path / "broken/trial/checkpoints").glob("step_*"))
+    (newest / "state.json").write_text("{")
+    with pytest.warns(UserWarning, match="damaged"):
+        resumed = train(baseline(), tmp_path / "broken", save_seconds=0)
+    assert distance(resumed, unbroken) == 0
+
+
+@pytest.mark.parametrize("peak", [1e9, 30.0])
+def test_divergence_ends_the_trial(tmp_path: Path, peak: float) -> None:
+    """1e9: not finite within steps. 30: finite, and too high for too long."""
+    plan = baseline(epochs=50)
+    (phase,) = plan.phases
+    learner = dataclasses.replace(phase.learner, rate=Rate(peak))  # type: ignore[type-var]
+    plan = Plan((dataclasses.replace(phase, learner=learner),))
+    with pytest.raises(AssertionError, match="kept no weights"):
+        train(plan, tmp_path)
+    rows = (tmp_path / "trial/metrics.jsonl").read_text().splitlines()
+    assert len(rows) < 60
+
+
+def test_stop_at_the_target(tmp_path: Path) -> None:
+    full = train(baseline(epochs=10), tmp_path / "full")
+    first = next(row["step"] for row in full.rows if row.get("test_accuracy", 0) >= 0.8)
+    stopped = train(baseline(epochs=10), tmp_path / "stopped", target=Target(test_accuracy=0.8, stop=True))
+    assert stopped.progress.steps == first < full.progress.steps
+
+
+def test_evaluation_interval_in_steps_and_epochs(tmp_path: Path) -> None:
+    rows = train(baseline(), tmp_path, evaluate=Interval(steps=5)).rows
+    assert [row["step"] for row in rows if "test_loss" in row] == [5, 10, 12]
+
+
+def test_rows_agree_with_the_loss_by_hand(tmp_path: Path) -> None:
+    """The first row's loss is the mean cross-entropy of the first global batch under the initial weights."""
+    from strategies.contract import mix
+
+    torch.manual_seed(mix(0, "init", 0))
+    net = tiny_net((6,), 3).double()
+    batch = Blobs().train(0, 12)
+    expected = nn.functional.cross_entropy(net(batch.x), batch.y).item()
+    assert train(baseline(), tmp_path).rows[0]["train_loss"] == pytest.approx(expected, abs=1e-15)
+
+
+# ------------------------------------------------------------------------------------------------------ batch norm
+
+
+def normed_net(inputs: tuple[int, ...], classes: int) -> Net:
+    return Net([nn.Linear(inputs[0], 8), nn.BatchNorm1d(8), nn.Tanh()], head=nn.Linear(8, classes))
+
+
+def normed(epochs: float = 3) -> Plan:
+    (phase,) = baseline(epochs=epochs).phases
+    return Plan((dataclasses.replace(phase, model=ModelSpec(normed_net)),))
+
+
+def test_batch_norm_resumes_exactly_on_two_workers(tmp_path: Path) -> None:
+    """Running statistics differ between workers; they are averaged at each row, so a checkpoint holds those of all."""
+    pair = Pair(tmp_path / "rendezvous")
+    try:
+        unbroken = pair.train(normed(), tmp_path / "unbroken", save_seconds=0)
+        with pytest.raises(AssertionError, match="planted fault"):
+            pair.train(normed(), tmp_path / "broken", data=Blobs(fail_at=60), save_seconds=0)
+    finally:
+        pair.close()
+    pair = Pair(tmp_path / "again")
+    try:
+        resumed = pair.train(normed(), tmp_path / "broken", save_seconds=0)
+    finally:
+        pair.close()
+    assert distance(resumed, unbroken) == 0
+    assert without_seconds(resumed.rows) == without_seconds(unbroken.rows)
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Limited:
+    """Builds a net that runs out of memory above `limit` examples."""
+
+    limit: int
+
+    def __call__(self, inputs: tuple[int, ...], classes: int) -> Net:
+        net = normed_net(inputs, classes)
+        net.register_forward_pre_hook(self._check)
+        return net
+
+    def _check(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if module.training and len(args[0]) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+
+
+def test_the_micro_batch_is_halved_until_it_fits(tmp_path: Path) -> None:
+    (phase,) = baseline().phases
+    plan = Plan((dataclasses.replace(phase, model=ModelSpec(Limited(4))),))
+    found = train(plan, tmp_path / "found", micro_batch=None)
+    stated = train(plan, tmp_path / "stated", micro_batch=3)
+    assert distance(found, stated) == 0  # 12 -> 6 -> 3, and looking for it left no trace in the running statistics
+
+
+def test_not_even_one_example_fits(tmp_path: Path) -> None:
+    (phase,) = baseline().phases
+    plan = Plan((dataclasses.replace(phase, model=ModelSpec(Limited(0))),))
+    with pytest.raises(MemoryError, match="not even one example"):
+        train(plan, tmp_path, micro_batch=None)
+
+
+def test_adamw_resumes_exactly(tmp_path: Path) -> None:
+    (phase,) = baseline().phases
+    learner = dataclasses.replace(phase.learner, optimizer=AdamW())  # type: ignore[type-var]
+    plan = Plan((dataclasses.replace(phase, learner=learner),))
+    unbroken = train(plan, tmp_path / "unbroken")
+    with pytest.raises(InterruptedError):
+        train(plan, tmp_path / "broken", Blobs(fail_at=60), save_seconds=0)
+    assert distance(train(plan, tmp_path / "broken"), unbroken) == 0
