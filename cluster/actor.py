@@ -1,0 +1,103 @@
+"""One rank of a gang: a process of its own that joins the process group once and then runs task after task."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import psutil
+
+from cluster.tasks import Done, Failed, Task, attempt
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a rank runs."""
+
+    rank: int
+    node: str  # Ray's id
+    host: str
+    pid: int
+
+
+class Rank:
+    """The methods that the driver calls. `ping` runs in a thread of its own (see `RayGang`), the others one by one."""
+
+    def __init__(self, rank: int, size: int, gpus: int):
+        import torch  # the slow part of starting, in all ranks at once
+
+        self.rank, self.size = rank, size
+        self.device = torch.device("cuda", 0) if gpus else torch.device("cpu")
+        self.store: Any = None
+        self.joined: Done | Failed | None = None
+        self.tasks = 0
+
+    def bind(self, timeout: float) -> tuple[str, int]:
+        """Rank 0 only: serve the rendezvous on a port that the system picks. Returns its address."""
+        import ray
+        from torch.distributed import TCPStore
+
+        address = ray.util.get_node_ip_address()
+        self.store = TCPStore(address, 0, self.size, True, timedelta(seconds=timeout), wait_for_workers=False)
+        return address, self.store.port
+
+    def join(self, address: tuple[str, int], timeout: float) -> Done | Failed:
+        """Enter the process group; collectives fail after `timeout` seconds. -> Done(Seat)."""
+        self.joined = attempt(self.rank, lambda: self._join(address, timeout))
+        return self.joined
+
+    def _join(self, address: tuple[str, int], timeout: float) -> Seat:
+        import ray
+
+        if self.size > 1:
+            from torch import distributed as dist
+
+            limit = timedelta(seconds=timeout)
+            store = self.store or dist.TCPStore(*address, self.size, False, limit)
+            own = ray.util.get_node_ip_address()
+            store.set(f"node/{self.rank}", own)
+            nodes = {store.get(f"node/{rank}").decode() for rank in range(self.size)}
+            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface(nodes, own)
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=limit)
+        return Seat(self.rank, ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid())
+
+    def run(self, task: Task) -> Done | Failed:
+        """The task's outcome; only rank 0 sends its value."""
+        if isinstance(self.joined, Failed):
+            return self.joined
+        outcome = attempt(self.rank, lambda: self._run(task))
+        return outcome if self.rank == 0 or isinstance(outcome, Failed) else Done(None)
+
+    def _run(self, task: Task) -> Any:
+        import torch
+
+        from cluster.engines import make_worker
+
+        torch.set_num_threads(task.threads)
+        worker = make_worker(task.engine, task.options, task.precision, self.rank, self.size, self.device)
+        return task.function(worker, task.argument)
+
+    def reset(self) -> None:
+        """Between tasks: free what the last one left in cycles (DDP does), and undo the global settings it may have made."""
+        import torch
+
+        torch.set_default_dtype(torch.float32)
+        gc.collect()
+        self.tasks += 1
+        if self.tasks == 1:
+            gc.freeze()  # modules are loaded by now: later collections need not visit them
+
+    def ping(self) -> None:
+        """Answered while a task runs, unless the process is stopped."""
+
+
+def interface(nodes: set[str], own: str) -> str:
+    """The network interface through which the ranks talk: loopback if all are on one node, else the one that holds
+    the address `own`, by which the cluster knows this node."""
+    wanted = "127.0.0.1" if len(nodes) == 1 else own
+    return next(name for name, held in psutil.net_if_addrs().items() if any(a.address == wanted for a in held))

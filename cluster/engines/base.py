@@ -1,0 +1,66 @@
+"""What the workers of all engines have in common: a process that holds the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.optim import Optimizer
+
+from strategies.contract import PlanError
+
+if TYPE_CHECKING:
+    from strategies.net import Net
+
+
+class ProcessWorker:
+    """One of `size` processes, alone or in the default process group. See `strategies.contract.Worker`."""
+
+    role = 0
+
+    def __init__(self, rank: int, size: int, device: torch.device, precision: str):
+        self.rank, self.size, self.device, self.precision = rank, size, device, precision
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.precision != "bf16":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def backward(self, value: Tensor, grad: Tensor | None = None) -> None:
+        value.backward(grad)
+
+    def sum_(self, t: Tensor) -> Tensor:
+        if self.size > 1:
+            dense = t.detach().contiguous()  # `t` itself where it is contiguous already
+            dist.all_reduce(dense)
+            if dense.data_ptr() != t.data_ptr():
+                t.detach().copy_(dense)
+        return t
+
+    def send(self, t: Tensor, role: int) -> None:
+        raise PlanError("this engine has no roles: every worker holds the whole model")
+
+    def recv(self, like: Tensor, role: int) -> Tensor:
+        raise PlanError("this engine has no roles: every worker holds the whole model")
+
+    def prepare(self, net: Net, optimizer: Optimizer, open_model: bool) -> nn.Module:
+        return net
+
+    def micro(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def average(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Make the gradients that `optimizer` will use alike on all workers: their mean."""
+
+    def apply(
+        self, model: nn.Module, optimizer: Optimizer, before: Callable[[], None], after: Callable[[], None]
+    ) -> None:
+        self.average(model, optimizer)
+        before()
+        optimizer.step()
+        after()
+        optimizer.zero_grad(set_to_none=True)

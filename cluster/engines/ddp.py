@@ -1,0 +1,92 @@
+"""The engine for several workers that each hold the whole model: torch's DistributedDataParallel, or one flat
+all-reduce where a strategy needs the model unwrapped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from cluster.engines.base import ProcessWorker
+from strategies.contract import PlanError
+
+if TYPE_CHECKING:
+    from strategies.net import Net
+
+
+class DdpWorker(ProcessWorker):
+    """Averages gradients over workers. A loss that is to be a mean over the global batch carries `size` as a factor."""
+
+    def __init__(
+        self, rank: int, size: int, device: torch.device, precision: str, find_unused_parameters: bool = False
+    ):
+        super().__init__(rank, size, device, precision)
+        self.find_unused_parameters = find_unused_parameters
+
+    def prepare(self, net: Net, optimizer: Optimizer, open_model: bool) -> nn.Module:
+        if open_model or self.size == 1 or not any(p.requires_grad for p in net.parameters()):
+            return net
+        return DistributedDataParallel(
+            net,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # running statistics are each worker's own, as in the open model
+            find_unused_parameters=self.find_unused_parameters,
+        )
+
+    def micro(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+        return synchronised(model, last) if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def average(self, model: nn.Module, optimizer: Optimizer) -> None:
+        if isinstance(model, DistributedDataParallel):
+            if not self.find_unused_parameters:
+                check_all_used(model)
+        elif self.size > 1:
+            params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            for dtype in sorted({p.dtype for p in params}, key=str):
+                self.average_flat([p for p in params if p.dtype == dtype])
+
+    def average_flat(self, params: Sequence[Tensor]) -> None:
+        """One all-reduce. A gradient missing on some ranks counts as 0 there; missing on all, it stays missing."""
+        flat = torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in params])
+        held = torch.tensor([float(p.grad is not None) for p in params], dtype=flat.dtype, device=flat.device)
+        flat = self.sum_(torch.cat([flat, held]).mul_(1 / self.size))  # scaled first, then summed, as DDP does
+        grads = flat[: -len(params)].split([p.numel() for p in params])
+        for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
+            if p.grad is not None:
+                p.grad.copy_(grad.view_as(p))
+            elif flat[i - len(params)]:
+                p.grad = grad.view_as(p).clone()
+
+
+@contextmanager
+def synchronised(model: DistributedDataParallel, last: bool) -> Iterator[None]:
+    """Around one micro-batch. DDP tells of parameters without gradient in the forward pass of the next step."""
+    try:
+        with nullcontext() if last else model.no_sync():
+            yield
+    except RuntimeError as error:
+        if "Expected to have finished reduction" not in str(error):
+            raise
+        indices = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+        names = [name for name, p in model.module.named_parameters() if p.requires_grad]
+        raise unused([names[int(i)] for i in indices[1].split()] if indices else names) from None
+
+
+def check_all_used(model: DistributedDataParallel) -> None:
+    """DDP leaves the gradients beside an unused parameter unaveraged, and says so one step too late."""
+    missing = [name for name, p in model.module.named_parameters() if p.requires_grad and p.grad is None]
+    if missing:
+        raise unused(missing)
+
+
+def unused(names: Sequence[str]) -> PlanError:
+    return PlanError(
+        f"no gradient reached {', '.join(names)}: leave unused parameters out of the model, "
+        "or set engine: {ddp: {find_unused_parameters: true}}"
+    )

@@ -1,0 +1,176 @@
+"""Gangs of Ray actors that hold one process group.
+
+A gang starts once and runs task after task. All its calls are asynchronous: placing the workers, importing torch in them,
+joining the process group and the first task are queued at once, and `poll` meets whatever goes wrong on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import psutil
+
+from cluster.actor import Rank, Seat
+from cluster.session import capacity, connect, disconnect, ray
+from cluster.tasks import Done, Failed, Lost, Outcome, Task, failure
+
+__all__ = ["RayGang", "capacity", "connect", "disconnect"]
+
+START_LIMIT = 120.0  # seconds for a gang to be placed and joined
+GRACE = 1.0  # seconds for other ranks to report after one has failed
+STOP_LIMIT = 3.0  # seconds for killed processes to be gone
+
+remote: Any = ray.remote  # its type hints leave out concurrency groups
+
+
+class RayGang:
+    """`size` actors, packed as closely as the cluster allows. See `cluster.tasks.Gang`.
+
+    `timeout`: seconds after which a rank without a sign of life is lost, and after which a collective fails.
+    """
+
+    def __init__(self, size: int, threads: int = 1, gpus: int = 0, timeout: float = 300, name: str = "gang"):
+        self.size, self.name, self.timeout = size, name, timeout
+        self.began = time.monotonic()
+        self.startup_seconds: float | None = None  # from here to a joined process group
+        self.seats: dict[int, Seat] = {}
+        self.processes: list[psutil.Process] = []  # of the ranks on this machine
+        self.waiting: dict[Any, int] = {}  # calls in flight -> rank
+        self.reports: dict[int, Done | Failed] = {}  # of the task, by rank
+        self.failed_at: float | None = None
+        self.broken = self.busy = False
+        bundle = {"CPU": threads, "GPU": gpus} if gpus else {"CPU": threads}
+        self.group = ray.util.placement_group([bundle] * size, strategy="PACK")
+        self.ranks = [self._rank(rank, threads, gpus) for rank in range(size)]
+        self.pulse = Pulse(self.ranks, timeout)
+        address = self.ranks[0].bind.remote(timeout)
+        self.waiting |= {actor.join.remote(address, timeout): rank for rank, actor in enumerate(self.ranks)}
+
+    def _rank(self, rank: int, threads: int, gpus: int) -> Any:
+        place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self.group, rank)
+        options = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+        actor = remote(concurrency_groups={"pulse": 1}, scheduling_strategy=place, **options)(Rank)
+        return actor.remote(rank, self.size, gpus)
+
+    def start(self, task: Task) -> None:
+        if self.broken or self.busy:
+            raise RuntimeError(f"{self.name} cannot take a task: it is {'closed or broken' if self.broken else 'busy'}")
+        self.busy = True
+        self.reports = {}
+        self.waiting |= {actor.run.remote(task): rank for rank, actor in enumerate(self.ranks)}
+
+    def poll(self, timeout: float) -> Outcome | None:
+        limit = time.monotonic() + timeout
+        while True:
+            outcome = self._collect(min(self.pulse.interval, max(0.0, limit - time.monotonic()))) or self._verdict()
+            if outcome is not None:
+                self._settle(outcome)
+                return outcome
+            if time.monotonic() >= limit:
+                return None
+
+    def _collect(self, timeout: float) -> Lost | None:
+        """Take in one report, if one comes. A dead process is told at once: whatever the others say is its effect."""
+        if not self.waiting:
+            time.sleep(timeout)
+            return None
+        ready, _ = ray.wait(list(self.waiting), timeout=min(timeout, GRACE / 4) if self.failed_at else timeout)
+        for call in ready:
+            rank = self.waiting.pop(call)
+            try:
+                self._note(rank, ray.get(call))
+            except ray.exceptions.RayActorError as error:
+                return Lost(rank, f"the process of rank {rank}{self._whereabouts(rank)} died", error.preempted)
+            except ray.exceptions.RayError as error:
+                cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+                self._note(rank, failure(rank, self.seats[rank].host if rank in self.seats else "", cause))
+        return None
+
+    def _note(self, rank: int, report: Done | Failed) -> None:
+        if isinstance(report, Done) and isinstance(report.value, Seat):
+            self._seat(report.value)
+            if len(self.seats) == self.size:
+                self.startup_seconds = time.monotonic() - self.began
+            return
+        self.reports.setdefault(rank, report)
+        if isinstance(report, Failed) and self.failed_at is None:
+            self.failed_at = time.monotonic()
+
+    def _seat(self, seat: Seat) -> None:
+        self.seats[seat.rank] = seat
+        if seat.node == ray.get_runtime_context().get_node_id():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.processes.append(psutil.Process(seat.pid))  # remembers when it began: never another with its id
+
+    def _verdict(self) -> Outcome | None:
+        failures = [report for report in self.reports.values() if isinstance(report, Failed)]
+        if failures and (not self.waiting or time.monotonic() - (self.failed_at or 0) > GRACE):
+            return root_cause(failures)
+        if len(self.reports) == self.size and not failures:
+            return self.reports[0]
+        if self.startup_seconds is None:
+            late = time.monotonic() - self.began > max(START_LIMIT, self.timeout)
+            return Lost(0, f"{self.name} has not started: no room on the cluster, or workers hang") if late else None
+        return self.pulse.silent()
+
+    def _settle(self, outcome: Outcome) -> None:
+        """After a task: make ready for the next one, or never take one again."""
+        self.busy, self.broken = False, not isinstance(outcome, Done)
+        if not self.broken:
+            for actor in self.ranks:
+                actor.reset.remote()  # runs while the driver prepares the next task
+
+    def _whereabouts(self, rank: int) -> str:
+        seat = self.seats.get(rank)
+        return f" (pid {seat.pid} on {seat.host})" if seat else ""
+
+    def close(self) -> None:
+        self.broken = True
+        for actor in self.ranks:
+            ray.kill(actor, no_restart=True)
+        for process in self.processes:  # a stopped process does not hear Ray
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        if self.ranks:
+            ray.util.remove_placement_group(self.group)
+        psutil.wait_procs(self.processes, timeout=STOP_LIMIT)
+        self.ranks, self.processes = [], []
+
+
+def root_cause(failures: list[Failed]) -> Failed:
+    """The earliest error that is no mere effect of a lost peer, if there is one."""
+    return min(failures, key=lambda failed: (failed.lost_peer, failed.time))
+
+
+class Pulse:
+    """Asks each rank for a sign of life, a few times per `timeout` seconds, with one question in flight per rank."""
+
+    def __init__(self, ranks: list[Any], timeout: float):
+        self.ranks, self.timeout = ranks, timeout
+        self.interval = min(timeout / 4, 5.0)  # seconds
+        self.asked: dict[Any, tuple[int, float]] = {}  # question -> rank, when
+        self.due = 0.0
+
+    def silent(self) -> Lost | None:
+        """The rank that has not answered for too long, if there is one. Costs nothing until the next question is due."""
+        now = time.monotonic()
+        if now < self.due:
+            return None
+        self.due = now + self.interval
+        if self.asked:
+            answered, _ = ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0)
+            for question in answered:
+                del self.asked[question]
+        for rank, asked in self.asked.values():
+            if now - asked > self.timeout:
+                return Lost(rank, f"no sign of life from rank {rank} for {self.timeout:g} s")
+        self._ask(now)
+        return None
+
+    def _ask(self, now: float) -> None:
+        open_ranks = {rank for rank, _ in self.asked.values()}
+        for rank, actor in enumerate(self.ranks):
+            if rank not in open_ranks:
+                self.asked[actor.ping.options(concurrency_group="pulse").remote()] = (rank, now)
