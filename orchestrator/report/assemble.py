@@ -1,0 +1,38 @@
+"""Puts a report together: loads, summarises, draws, and writes every file as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from orchestrator.files import write_atomic
+from orchestrator.report import export, figures, pages
+from orchestrator.report.headlines import headlines
+from orchestrator.report.load import load
+from orchestrator.report.summary import summarise
+
+
+def build(study: Path, trials: Sequence[str] | None = None) -> list[str]:
+    summary = summarise(load(study, trials))
+    sentences = headlines(summary)
+    drawn = figures.draw(summary)
+    rows = export.table(summary.study.results)
+    page = pages.page(summary, sentences, drawn)
+    write_atomic(study / "results.csv", export.as_csv(rows))
+    write_atomic(study / "results.parquet", export.as_parquet(rows))
+    write_atomic(study / "report.md", pages.markdown(page))
+    write_atomic(study / "report.html", pages.html(page))
+    _write_figures(study / "figures", drawn)
+    return sentences
+
+
+def _write_figures(folder: Path, drawn: dict[str, dict[str, bytes]]) -> None:
+    """Also removes figures of an earlier report that the data no longer allow."""
+    folder.mkdir(exist_ok=True)
+    for name in figures.NAMES:
+        for kind in ("svg", "pdf"):
+            path = folder / f"{name}.{kind}"
+            if name in drawn:
+                write_atomic(path, drawn[name][kind])
+            else:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,124 @@
+"""What stands under each figure, and the notes on how to read the numbers: every choice that a reader could dispute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.report.load import Result, as_text
+from orchestrator.report.summary import Summary
+from orchestrator.report.wording import goal, joined, metric_name, plural
+from orchestrator.statistics import ENOUGH, EXCESS
+
+
+def caption(name: str, summary: Summary) -> tuple[str, str]:
+    """Title and caption of a figure."""
+    write = {"steps_to_target": _steps, "final_metric": _final, "time_to_target": _time, "training_curves": _curves}
+    return write[name](summary)
+
+
+def _steps(summary: Summary) -> tuple[str, str]:
+    assert summary.target
+    return "Steps to target against batch size", (
+        f"Optimizer steps until {goal(summary.target)}: {_medians(summary)}. Dashed: perfect scaling from the smallest "
+        "batch size of each arm that reached the target, twice the batch for half the steps. "
+        f"{_censored(summary)}{_resolution(summary)}"
+    )
+
+
+def _censored(summary: Summary) -> str:
+    missed = sum(len(c.trials) - c.hits for c in summary.all_cells)
+    if not missed:
+        return "All trials reached the target."
+    return (
+        f"Open triangles: {plural(missed, 'trial')} that did not reach the target, at the last step run (censored: "
+        "reaching it takes more steps than that, if it can be reached)."
+    )
+
+
+def _resolution(summary: Summary) -> str:
+    """How finely the target was looked for, if all trials were alike in it."""
+    every = [w.get("evaluate") or {} for w in _workloads(summary)]
+    intervals = {f"{value:g} {unit}" for e in every for unit, value in e.items() if value}
+    if len(intervals) != 1 or summary.target is None or not summary.target.metric.startswith("test"):
+        return ""
+    return f" The target is checked every {intervals.pop()}, so the steps are upper bounds to that grain."
+
+
+def _final(summary: Summary) -> tuple[str, str]:
+    assert summary.metric
+    name = metric_name(summary.metric)
+    diverged = sum(c.diverged for c in summary.all_cells)
+    worst = f" {diverged} diverged, which counts as the worst value there is." if diverged else ""
+    stop = " Trials end when they reach the target." if _stops(summary) else ""
+    return f"Final {name} against batch size", f"{name.capitalize()} at the end of training: {_medians(summary)}.{worst}{stop}"
+
+
+def _stops(summary: Summary) -> bool:
+    return any((w.get("target") or {}).get("stop") for w in _workloads(summary))
+
+
+def _workloads(summary: Summary) -> list[dict[str, Any]]:
+    return [summary.study.config(c.trials[0]).get("workload") or {} for c in summary.all_cells]
+
+
+def _time(summary: Summary) -> tuple[str, str]:
+    assert summary.target
+    reused = sum(t.reused for c in summary.all_cells for t in c.trials)
+    left_out = f" {reused} reused trials are left out: times are not carried over." if reused else ""
+    return "Time to target against batch size", (
+        f"Seconds of training until {goal(summary.target)}, without start-up, evaluation and logging: {_medians(summary)}. "
+        f"Measured on {hardware(summary)}; other hardware gives other times.{left_out}"
+    )
+
+
+def _curves(summary: Summary) -> tuple[str, str]:
+    assert summary.metric
+    dotted = " Dotted: the target." if summary.target and summary.target.metric == summary.metric else ""
+    name = metric_name(summary.metric)
+    return "Training curves", f"{name.capitalize()} against epochs, a line per seed, a panel per batch size.{dotted}"
+
+
+def _medians(summary: Summary) -> str:
+    numbers = sorted({c.steps.n for c in summary.all_cells})
+    over = plural(numbers[0], "seed") if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} seeds"
+    if numbers == [1]:
+        return "a single seed, so no interval"
+    kinds = sorted({c.steps.kind for c in summary.all_cells}, reverse=True)
+    best = " of the best setting" if summary.searched else ""
+    return f"median{best} over {over}, bars show the {' or '.join(kinds)}"
+
+
+def hardware(summary: Summary) -> str:
+    """Workers and devices of the trials, and what the environment says of the machine."""
+    used = {_workers(t) for c in summary.all_cells for t in c.trials if not t.reused}
+    env = summary.study.env
+    machine = [as_text(env["cpu"])] * bool(env.get("cpu")) + [as_text(gpu) for gpu in dict.fromkeys(env.get("gpus") or [])]
+    return f"{'; '.join(sorted(used))}{f' ({joined(machine)})' if machine else ''}"
+
+
+def _workers(trial: Result) -> str:
+    return f"{plural(trial.workers or 1, 'worker')} with {plural(trial.threads or 1, 'thread')} each on {trial.device}"
+
+
+def notes(summary: Summary) -> list[str]:
+    """How to read the report."""
+    share = f"{EXCESS:.0%}".replace("%", " %")
+    said = [
+        f"Intervals: with fewer than {ENOUGH} seeds the range of the seeds, since no interval of a median holds 95 % then; "
+        f"from {ENOUGH} on, the 95 % interval from order statistics. Hit rates have Wilson intervals.",
+        "An arm is not called better than another where their intervals overlap.",
+    ]
+    if summary.target:
+        said += [
+            "A trial that did not reach the target, or diverged, counts as infinitely many steps in medians and intervals.",
+            "Local slope: -d log S / d log B from the batch size before, S steps at batch size B. Above 0.9 scaling is called "
+            "perfect, from 0.1 to 0.9 diminishing, below 0.1 maximal data parallelism. The useful batch size is the largest up "
+            f"to which steps exceed perfect scaling by {share} at most. These thresholds are conventions of this report.",
+        ]
+    if summary.searched:
+        said.append(
+            "Where the grid varied more than the batch size, each arm and batch size is shown at its best setting: the lowest "
+            "median steps to target, then the best final metric. It was chosen on these same seeds, so it flatters; more so "
+            "where more settings were tried."
+        )
+    return said

@@ -1,0 +1,224 @@
+"""The figures of a report, drawn by matplotlib without a display: each as SVG and as PDF, byte for byte reproducible."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from orchestrator.report.summary import Cell, Summary, seconds_to_target, steps_to_target
+from orchestrator.report.wording import metric_name
+from orchestrator.statistics import Estimate
+
+NAMES = ("steps_to_target", "final_metric", "time_to_target", "training_curves")
+# Okabe and Ito's colours: told apart with every kind of colour vision. Markers differ too, for print in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "D", "v", "P", "X", "<", ">")
+GREY = "#8a8f98"
+STYLE: Any = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555b66",
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e7eb",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
+    "svg.fonttype": "none",  # text stays text: small, searchable, read aloud
+    "pdf.fonttype": 42,
+}
+CURVES = 300  # points of one line at most
+
+
+def draw(summary: Summary) -> dict[str, dict[str, bytes]]:
+    """Figure name -> {"svg": ..., "pdf": ...}, for those that the data allow."""
+    drawn = {}
+    for name, make in zip(NAMES, (_steps, _final, _time, _curves), strict=True):
+        with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
+            figure = make(summary)
+            if figure:
+                drawn[name] = {"svg": _save(figure, "svg", {"Date": None}), "pdf": _save(figure, "pdf", {"CreationDate": None})}
+    return drawn
+
+
+def _save(figure: Figure, kind: str, metadata: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format=kind, metadata=metadata)
+    return file.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------ against the batch
+
+
+def _steps(summary: Summary) -> Figure | None:
+    if not (summary.target and summary.all_cells):
+        return None
+    figure, axes = _axes("optimizer steps to target")
+    for index, cells in enumerate(summary.cells.values()):
+        _estimates(axes, summary, index, cells, lambda cell: cell.steps)
+        _ideal(axes, index, cells)
+        missed = [(c.batch, t.steps) for c in cells for t in c.trials if t.steps and math.isinf(steps_to_target(t))]
+        xs = _shifted([b for b, _ in missed], index, summary)
+        axes.plot(xs, [s for _, s in missed], "^", color=_colour(index), fillstyle="none", markersize=9, markeredgewidth=1.4)
+    _log_y(axes)
+    extra = [Line2D([], [], color=GREY, linestyle="--", label="perfect scaling")]
+    if any(cell.hits < len(cell.trials) for cell in summary.all_cells):
+        extra.append(Line2D([], [], color=GREY, marker="^", fillstyle="none", linestyle="", label="not reached by then"))
+    _finish(figure, axes, summary, extra)
+    return figure
+
+
+def _ideal(axes: Axes, index: int, cells: Sequence[Cell]) -> None:
+    """From the arm's smallest batch size that reached the target: twice the batch, half the steps."""
+    reached = [cell for cell in cells if math.isfinite(cell.steps.median)]
+    if len(cells) > 1 and reached:
+        first, end = reached[0], cells[-1].batch
+        steps = [first.steps.median, first.steps.median * first.batch / end]
+        axes.plot([first.batch, end], steps, "--", color=_colour(index), linewidth=1, alpha=0.7)
+
+
+def _final(summary: Summary) -> Figure | None:
+    if not (summary.metric and summary.all_cells):
+        return None
+    figure, axes = _axes(f"final {metric_name(summary.metric)}")
+    for index, cells in enumerate(summary.cells.values()):
+        _estimates(axes, summary, index, cells, lambda cell: cell.final)
+    _finish(figure, axes, summary)
+    return figure
+
+
+def _time(summary: Summary) -> Figure | None:
+    if not any(math.isfinite(seconds_to_target(t)) and not t.reused for c in summary.all_cells for t in c.trials):
+        return None
+    figure, axes = _axes("training seconds to target")
+    for index, cells in enumerate(summary.cells.values()):
+        _estimates(axes, summary, index, cells, lambda cell: cell.seconds)
+    _log_y(axes)
+    _finish(figure, axes, summary)
+    return figure
+
+
+def _axes(y: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set(xscale="log", xlabel="batch size (examples per optimizer step)", ylabel=y)
+    return figure, axes
+
+
+def _estimates(
+    axes: Axes, summary: Summary, index: int, cells: Sequence[Cell], of: Callable[[Cell], Estimate | None]
+) -> None:
+    """Medians joined by a line, intervals as bars; a bar that ends in a miss or a divergence points out of the figure."""
+    known = [(cell.batch, e) for cell in cells if (e := of(cell)) and math.isfinite(e.median)]
+    xs = _shifted([batch for batch, _ in known], index, summary)
+    style: dict[str, Any] = {"color": _colour(index), "linewidth": 1.6}
+    axes.plot(xs, [e.median for _, e in known], marker=_marker(index), markersize=6, **style)
+    for x, (_, e) in zip(xs, known, strict=True):
+        low, high = (end if math.isfinite(end) else e.median for end in (e.low, e.high))
+        axes.plot([x, x], [low, high], marker="_", markersize=7, **style)
+        for end, mark in ((e.low, "v"), (e.high, "^")):
+            if math.isinf(end):
+                axes.annotate("", (x, 1 if mark == "^" else 0), (x, e.median), ("data", "axes fraction"),
+                              "data", {"arrowstyle": "->", "color": _colour(index), "linewidth": 1})  # fmt: skip
+
+
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def _marker(index: int) -> str:
+    return MARKERS[index % len(MARKERS)]
+
+
+def _shifted(batches: Iterable[float], index: int, summary: Summary) -> list[float]:
+    """Arms stand side by side, so that bars at the same batch size do not hide each other."""
+    return [batch * 1.05 ** (index - (len(summary.cells) - 1) / 2) for batch in batches]
+
+
+def _finish(figure: Figure, axes: Axes, summary: Summary, extra: Sequence[Line2D] = ()) -> None:
+    """Ticks at the batch sizes of the study, room on both sides, a legend below."""
+    batches = summary.batches
+    axes.xaxis.set_major_locator(FixedLocator(batches))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(batches[0] / 1.4, batches[-1] * 1.4)
+    if len(batches) > 8 or any(b / a < 1.3 for a, b in pairwise(batches)):
+        axes.tick_params("x", rotation=45)
+    _legend(figure, summary.cells, extra)
+
+
+def _legend(figure: Figure, arms: Mapping[str, Any], extra: Sequence[Line2D] = ()) -> None:
+    own = [Line2D([], [], color=_colour(i), marker=_marker(i), label=short(arm)) for i, arm in enumerate(arms)]
+    handles = [*own, *extra]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+
+
+def short(name: str, length: int = 24) -> str:
+    """A name that fits a legend."""
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _log_y(axes: Axes) -> None:
+    """Plain numbers as labels, more of them where the axis spans little."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    low, high = (low / 1.3, high * 1.3) if high / low < 3 else (low, high)
+    axes.set_ylim(low, high)
+    decades = math.log10(high / low)
+    subs = range(1, 10) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+# ------------------------------------------------------------------------------------------------------ training curves
+
+
+def _curves(summary: Summary) -> Figure | None:
+    if not (summary.metric and summary.all_cells):
+        return None
+    batches = summary.batches
+    columns = min(len(batches), 4)
+    rows = math.ceil(len(batches) / columns)
+    figure = Figure(figsize=(max(6.4, 2.4 * columns), 0.9 + 2.2 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axes, batch in zip(grid, batches, strict=False):
+        _small_multiple(axes, summary, batch)
+    for axes in list(grid)[len(batches) :]:
+        axes.set_axis_off()
+    figure.supxlabel("epochs", fontsize=10)
+    figure.supylabel(metric_name(summary.metric), fontsize=10)
+    _legend(figure, summary.cells)
+    return figure
+
+
+def _small_multiple(axes: Axes, summary: Summary, batch: int) -> None:
+    assert summary.metric
+    for index, cells in enumerate(summary.cells.values()):
+        for trial in (t for cell in cells if cell.batch == batch for t in cell.trials):
+            xs, ys = _thinned(*summary.study.curve(trial, summary.metric))
+            style: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.85, "markersize": 3}
+            axes.plot(xs, ys, color=_colour(index), marker=_marker(index), markevery=max(1, len(xs) // 4), **style)
+    if summary.target and summary.target.metric == summary.metric:
+        axes.axhline(summary.target.value, color=GREY, linestyle=":", linewidth=1)
+    if summary.metric.endswith("loss"):
+        axes.set_yscale("log")
+    axes.set_title(f"batch {batch}", fontsize=10)
+
+
+def _thinned(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
+    """At most some hundred points, the last one among them."""
+    stride = -(-len(xs) // CURVES) or 1
+    return xs[::-stride][::-1], ys[::-stride][::-1]

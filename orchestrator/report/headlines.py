@@ -1,0 +1,180 @@
+"""The sentences of a report: what the data say, with their intervals, and nothing beyond."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from orchestrator.report.summary import Cell, Summary, steps_to_target
+from orchestrator.report.wording import count, factor, goal, joined, metric_name, metric_value, plural, span, spread
+from orchestrator.statistics import EXCESS, Estimate, paired_ratio, useful_batch
+
+
+def headlines(summary: Summary) -> list[str]:
+    """What is missing, if anything; then a sentence or two per arm; then the arms compared at the largest batch size."""
+    describe = _scaling if summary.target else _quality
+    arms = [describe(summary, arm, cells) if cells else f"{arm}: all trials failed." for arm, cells in summary.cells.items()]
+    return notices(summary) + arms + _comparison(summary)
+
+
+def notices(summary: Summary) -> list[str]:
+    """What a reader must know before the rest: trials without a result, trials that failed."""
+    results, planned = summary.study.results, summary.study.planned
+    failed = sum(r.failed for r in results)
+    partial = f"partial: {len(results)} of {planned} trials have a result."
+    left_out = f"{failed} of {planned} trials failed and {'is' if failed == 1 else 'are'} left out of all figures."
+    return [partial] * (len(results) < planned) + [left_out] * (failed > 0)
+
+
+# ------------------------------------------------------------------------------------------------- an arm with a target
+
+
+def _scaling(summary: Summary, arm: str, cells: list[Cell]) -> str:
+    assert summary.target
+    reached = [cell for cell in cells if math.isfinite(cell.steps.median)]
+    if not reached:
+        return f"{_never(summary, arm, cells)}{_budget(summary, cells)}{_diverged(cells)}."
+    first, last = reached[0], reached[-1]
+    sentence = f"{arm} reaches {goal(summary.target)} in {count(first.steps.median)} steps at batch {first.batch}"
+    if last is not first:
+        sentence += f" and in {count(last.steps.median)} at batch {last.batch}"
+        sentence += f" ({_gain(first, last)}; {_over_seeds([first.steps, last.steps])}); {_useful(reached)}"
+    else:
+        sentence += f" ({_over_seeds([first.steps])})"
+    return f"{sentence}{_best_of(cells)}.{_misses(summary, arm, cells)}"
+
+
+def _never(summary: Summary, arm: str, cells: list[Cell]) -> str:
+    assert summary.target
+    hits, n = sum(c.hits for c in cells), sum(len(c.trials) for c in cells)
+    where = f"batch {cells[0].batch}" if len(cells) == 1 else f"any of {len(cells)} batch sizes"
+    return f"{arm} did not reach {goal(summary.target)} in the median at {where} ({hits} of {n} trials reached it)"
+
+
+def _gain(first: Cell, last: Cell) -> str:
+    ratio, larger = first.steps.median / last.steps.median, factor(last.batch / first.batch)
+    if ratio >= 1:
+        return f"{factor(ratio)} x fewer steps for {larger} x the batch"
+    return f"{factor(1 / ratio)} x more steps for {larger} x the batch"
+
+
+def _over_seeds(estimates: Sequence[Estimate], text: Callable[[float], str] = count) -> str:
+    """`median of 3 seeds, range 38-44`; for two estimates `medians of 3 seeds, ranges 300-322 and 38-44`."""
+    numbers = list(dict.fromkeys(e.n for e in estimates))
+    kinds = list(dict.fromkeys(e.kind for e in estimates))
+    many = "s" * (len(estimates) > 1)
+    if numbers == [1]:
+        return "1 seed, so no interval"
+    if len(kinds) > 1:
+        return f"medians of {joined([f'{e.n} seeds, {spread(e, text)}' for e in estimates])}"
+    spans = joined([span(e, text) for e in estimates])
+    return f"median{many} of {joined([str(n) for n in numbers])} seeds, {kinds[0]}{many} {spans}"
+
+
+def _useful(reached: list[Cell]) -> str:
+    batches = [cell.batch for cell in reached]
+    useful = useful_batch(batches, [cell.steps.median for cell in reached])
+    share = f"{EXCESS:.0%}".replace("%", " %")
+    if useful == batches[0]:
+        return f"steps exceed perfect scaling by more than {share} already at batch {batches[1]}"
+    return f"scaling stays within {share} of perfect up to batch {useful:.0f}"
+
+
+def _best_of(cells: list[Cell]) -> str:
+    most, least = max(c.settings for c in cells), min(c.settings for c in cells)
+    if most == 1:
+        return ""
+    return f"; best of {most if most == least else f'{least} to {most}'} settings at each batch size"
+
+
+def _misses(summary: Summary, arm: str, cells: list[Cell]) -> str:
+    missed = [cell for cell in cells if cell.hits < len(cell.trials)]
+    if not missed:
+        return ""
+    parts = [f"in {len(c.trials) - c.hits} of {plural(len(c.trials), 'seed')} at batch {c.batch}" for c in missed]
+    return f" {arm} missed the target {joined(parts)}{_budget(summary, missed)}{_diverged(missed)}."
+
+
+def _budget(summary: Summary, cells: list[Cell], lead: str = "within its") -> str:
+    """` within its budget of 20 epochs`, if all of these trials had the same one."""
+    bases = [summary.study.config(t).get("base") or {} for c in cells for t in c.trials]
+    budgets = {f"{count(b[unit])} {unit}" for b in bases for unit in ("epochs", "steps") if b.get(unit)}
+    return f" {lead} budget of {budgets.pop()}" if len(budgets) == 1 else ""
+
+
+def _diverged(cells: list[Cell]) -> str:
+    number = sum(c.diverged for c in cells)
+    return f"; {number} of {sum(len(c.trials) for c in cells)} diverged" if number else ""
+
+
+# ---------------------------------------------------------------------------------------------- an arm without a target
+
+
+def _quality(summary: Summary, arm: str, cells: list[Cell]) -> str:
+    metric = summary.metric
+    if metric is None:
+        return f"{arm}: no metric was recorded{_diverged(cells)}."
+    ends = [cells[0]] if len(cells) == 1 else [cells[0], cells[-1]]
+    finals = [c.final for c in ends if c.final]
+    places = [f"{metric_value(metric, e.median)} at batch {c.batch}" for c, e in zip(ends, finals, strict=True)]
+    sentence = f"{arm} ends at {metric_name(metric)} {joined(places)}"
+    sentence += f"{_budget(summary, ends, 'with a')} ({_over_seeds(finals, partial(metric_value, metric))})"
+    return f"{sentence}{_best_of(cells)}{_diverged(cells)}."
+
+
+# ------------------------------------------------------------------------------------------------------- arms compared
+
+
+def _comparison(summary: Summary) -> list[str]:
+    """On the two leading arms at the largest batch size that at least two arms share."""
+    shared = [b for b in summary.batches if sum(c.batch == b for c in summary.all_cells) > 1]
+    if not shared:
+        return []
+    cells = sorted((c for c in summary.all_cells if c.batch == shared[-1]), key=lambda c: c.rank)
+    best, second = cells[:2]
+    lead = f"At batch {best.batch}," + (f" the two leading arms of {len(cells)}:" if len(cells) > 2 else "")
+    if math.isfinite(second.steps.median):
+        return [f"{lead} {_steps_compared(best, second)} {_verdict(best, second, best.steps, second.steps, 'faster')}"]
+    if math.isfinite(best.steps.median):
+        hits = joined([f"{c.arm} {c.hits} of {len(c.trials)}" for c in cells])
+        verdict = _verdict(best, second, best.steps, second.steps, "faster")
+        return [f"At batch {best.batch}, only {best.arm} reaches the target in the median (hits: {hits}). {verdict}"]
+    if best.metric and best.final and second.final:
+        verdict = _verdict(best, second, best.final, second.final, "better")
+        return [f"{lead} {_finals_compared(best, second, best.metric)} {verdict}"]
+    return []
+
+
+def _steps_compared(best: Cell, second: Cell) -> str:
+    ratio = _paired(best, second)
+    medians = f"{best.arm} takes {count(best.steps.median)} steps and {second.arm} {count(second.steps.median)}"
+    if not ratio or ratio.n == 1:
+        return f"{medians}."
+    return f"{medians}; paired by seed, the ratio is {factor(ratio.median)} ({spread(ratio, factor)} over {ratio.n} pairs)."
+
+
+def _paired(a: Cell, b: Cell) -> Estimate | None:
+    """Ratio of the steps to target over the seeds that both have."""
+    left = {t.seed: steps_to_target(t) for t in a.trials}
+    right = {t.seed: steps_to_target(t) for t in b.trials}
+    common = sorted(left.keys() & right.keys())
+    return paired_ratio([left[s] for s in common], [right[s] for s in common])
+
+
+def _finals_compared(best: Cell, second: Cell, metric: str) -> str:
+    ends = [f"{c.arm} at {metric_value(metric, c.final.median)}" for c in (best, second) if c.final]
+    return f"{metric_name(metric)} ends {joined(ends)}."
+
+
+def _verdict(best: Cell, second: Cell, a: Estimate, b: Estimate, better: str) -> str:
+    """Calls an arm better only where 95 % intervals stay apart; with fewer seeds it tells what was seen, no more."""
+    if min(a.n, b.n) == 1:
+        return f"With a single seed, neither is called {better}."
+    ranges = "range" in (a.kind, b.kind)
+    name = "ranges" if ranges else "intervals"
+    if a.overlaps(b):
+        return f"Their {name} overlap, so neither is called {better}."
+    if ranges:
+        return f"Their ranges do not overlap: each trial of {best.arm} was {better} than any of {second.arm}."
+    return f"Their 95 % intervals do not overlap: {best.arm} is {better} than {second.arm} here."

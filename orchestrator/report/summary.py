@@ -1,0 +1,131 @@
+"""Results grouped as one asks for them: per arm and batch size, over seeds, at the best setting of what else varied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from orchestrator.report.load import Result, Study, Target, as_text
+from orchestrator.statistics import Estimate, estimate, median
+
+BATCH = "base.batch"  # the grid path that is the batch size itself
+METRICS = ("test_accuracy", "test_loss", "train_loss")  # of the final quality, the first that was measured
+
+
+def higher_is_better(metric: str) -> bool:
+    return metric.endswith("accuracy")
+
+
+def steps_to_target(result: Result) -> float:
+    """Optimizer steps; +inf for a miss."""
+    target = result.target
+    return float(target.step) if target and target.reached and target.step is not None else math.inf
+
+
+def seconds_to_target(result: Result) -> float:
+    """Seconds of training; +inf for a miss."""
+    target = result.target
+    return target.seconds if target and target.reached and target.seconds is not None else math.inf
+
+
+def final_value(result: Result, metric: str) -> float:
+    """The metric at the end; the worst there is for a trial that diverged."""
+    value = None if result.diverged else result.final.get(metric)
+    worst = -math.inf if higher_is_better(metric) else math.inf
+    return worst if value is None else value
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Trials of one arm at one batch size that differ in the seed only."""
+
+    arm: str
+    batch: int
+    trials: tuple[Result, ...]  # at least one, none of them failed
+    metric: str | None
+    settings: int = 1  # of the other grid values, this being the best
+
+    @property
+    def hits(self) -> int:
+        return sum(math.isfinite(steps_to_target(t)) for t in self.trials)
+
+    @property
+    def diverged(self) -> int:
+        return sum(t.diverged for t in self.trials)
+
+    @cached_property
+    def steps(self) -> Estimate:
+        """Steps to target; all +inf in a study without one."""
+        return estimate([steps_to_target(t) for t in self.trials])
+
+    @cached_property
+    def seconds(self) -> Estimate | None:
+        """Training time to target of the trials that this study ran itself: times of reused ones come from elsewhere."""
+        fresh = [seconds_to_target(t) for t in self.trials if not t.reused]
+        return estimate(fresh) if fresh else None
+
+    @cached_property
+    def final(self) -> Estimate | None:
+        return estimate([final_value(t, self.metric) for t in self.trials]) if self.metric else None
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """Grid values besides the batch size."""
+        return other_values(self.trials[0])
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Lower is better: median steps to target, then the median of the final metric."""
+        if self.metric is None:
+            return self.steps.median, 0.0
+        values = [final_value(t, self.metric) for t in self.trials]
+        return self.steps.median, median([-v for v in values] if higher_is_better(self.metric) else values)
+
+
+@dataclass(frozen=True)
+class Summary:
+    study: Study
+    target: Target | None
+    metric: str | None  # of the final quality
+    cells: dict[str, list[Cell]]  # arm -> by growing batch size; an arm whose trials all failed has none
+
+    @property
+    def batches(self) -> list[int]:
+        return sorted({cell.batch for cells in self.cells.values() for cell in cells})
+
+    @property
+    def all_cells(self) -> list[Cell]:
+        return [cell for cells in self.cells.values() for cell in cells]
+
+    @property
+    def searched(self) -> bool:
+        """Whether settings besides the batch size were tried."""
+        return any(cell.settings > 1 for cell in self.all_cells)
+
+
+def summarise(study: Study) -> Summary:
+    usable = [r for r in study.results if not r.failed]
+    target = next((r.target for r in study.results if r.target), None)
+    metric = next((m for m in METRICS if any(r.final.get(m) is not None for r in usable)), None)
+    cells = {arm: _cells([r for r in usable if r.arm == arm], metric) for arm in study.arms}
+    return Summary(study, target, metric, cells)
+
+
+def other_values(result: Result) -> dict[str, Any]:
+    return {path: value for path, value in result.point.items() if path != BATCH}
+
+
+def _cells(results: Sequence[Result], metric: str | None) -> list[Cell]:
+    """Of one arm: the best setting at each batch size."""
+    return [_best([r for r in results if r.batch == b], metric) for b in sorted({r.batch for r in results})]
+
+
+def _best(results: Sequence[Result], metric: str | None) -> Cell:
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(as_text(other_values(result)), []).append(result)
+    cells = [Cell(g[0].arm, g[0].batch, tuple(g), metric, len(groups)) for g in groups.values()]
+    return min(cells, key=lambda cell: cell.rank)
