@@ -40,8 +40,9 @@ def grid_over(**roots: Any) -> type[Model]:
     """A model whose keys are the dotted paths of all fields under `roots`, each with a list of values."""
     columns: dict[str, Any] = {}
     for path, annotation, description in (row for root, kind in roots.items() for row in places(root, kind)):
-        values = Annotated[GenericAlias(list, (annotation,)), Field(min_length=1)]
-        columns[path.replace(".", "__")] = (values, Field(None, alias=path, description=description))
+        values: Any = GenericAlias(list, (annotation,))
+        about = Field(default=None, alias=path, description=description, min_length=1)
+        columns[path.replace(".", "__")] = (values, about)
     return create_model("Grid", __base__=Model, __doc__="Values to cross, by the dotted path of a field.", **columns)
 
 

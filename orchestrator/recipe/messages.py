@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic_core import ErrorDetails
 
 from orchestrator.recipe.fields import at, branches, fields, model_in
-from orchestrator.recipe.problems import Path, nearest, printable
+from orchestrator.recipe.problems import Path, nearest, short
 from orchestrator.recipe.schema import Choice
 from orchestrator.recipe.yaml_nodes import scalar
 from strategies.contract import SIGNS
@@ -93,7 +93,7 @@ def _wrong_value(error: ErrorDetails, path: Path, annotation: Any) -> str:
 
 
 def _and_list(value: Any) -> str:
-    keys = [printable(str(key)) for key in value] if isinstance(value, dict) else []
+    keys = [short(str(key)) for key in value] if isinstance(value, dict) else []
     return ", ".join(keys) or "none"
 
 
@@ -126,7 +126,7 @@ def got(value: Any) -> str:
     if isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, str):
-        return f'text "{printable(value)}"'
+        return f'text "{short(value)}"'
     if isinstance(value, int | float):
         return f"number {value}"
     return "a list" if isinstance(value, list) else "a map"

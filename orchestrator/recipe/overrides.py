@@ -6,14 +6,14 @@ import re
 from typing import Any
 
 from orchestrator.recipe.fields import at, model_in
-from orchestrator.recipe.problems import Path, Place, Problem, printable
+from orchestrator.recipe.problems import Path, Place, Problem, short
 from orchestrator.recipe.schema import Choice
 from orchestrator.recipe.yaml_nodes import Document, read
 
 
 def apply(document: Document, override: str, root: Any) -> None:
     """Set `dotted.path=YAML value` in the document; what is wrong with the override joins the document's problems."""
-    place = Place(f"--set {printable(override)}")
+    place = Place(f"--set {short(override)}")
     dotted, equals, text = override.partition("=")
     if not equals or not dotted.strip():
         document.problems.append(Problem.at(place, (), "expected path=value, such as base.epochs=2"))
@@ -58,7 +58,7 @@ def _next_key(data: Any, path: Path, rest: str) -> tuple[Any, str]:
     if isinstance(data, list):
         key, _, rest = rest.partition(".")
         if not key.isdigit() or int(key) >= len(data):
-            raise _NoSuchPlace(path, f"no item {printable(key)}, the list has {len(data)}")
+            raise _NoSuchPlace(path, f"no item {short(key)}, the list has {len(data)}")
         return int(key), rest
     if path == ("grid",):
         return rest, ""

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from orchestrator.files import printable
+
 Path: TypeAlias = "tuple[str | int, ...]"
 """Keys and list positions that lead from the top of a recipe to a value."""
 
@@ -50,12 +52,12 @@ class RecipeError(ValueError):
 def spell(path: Path) -> str:
     """`strategies[1].ema.decay` for ("strategies", 1, "ema", "decay")."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return printable(text.removeprefix("."))
+    return short(text.removeprefix("."))
 
 
-def printable(text: str) -> str:
-    """Without control characters, which could steer a terminal, and at most 80 characters long."""
-    clean = "".join(c if c.isprintable() else "?" for c in text)
+def short(text: str) -> str:
+    """`text` on one line that no terminal obeys, at most 80 characters long."""
+    clean = printable(text)
     return clean if len(clean) <= 80 else clean[:77] + "..."
 
 

@@ -139,7 +139,8 @@ class _Dumper(yaml.SafeDumper):
         return True
 
     def text(self, value: str) -> yaml.ScalarNode:
-        style = None if isinstance(scalar(value), str) else '"'
+        plain = isinstance(scalar(value), str) and value.isprintable()
+        style = None if plain else '"'
         return self.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 
@@ -148,4 +149,4 @@ _Dumper.add_representer(str, _Dumper.text)
 
 def dump(data: Any) -> str:
     """Plain data as YAML that `load` reads back as it was."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.recipe.problems import Path, Place, Problem, printable
+from orchestrator.recipe.problems import Path, Place, Problem, short
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH, MAX_ALIASES = 1 << 20, 10_000, 32, 100
 WORDS = {"true": True, "false": False, "null": None, "~": None, "": None}
@@ -68,7 +68,7 @@ def read(text: str, file: str) -> Document:
         place = Place(file, mark.line + 1, mark.column + 1) if mark else start
         reader.complain(place, (), _syntax(error))
     except yaml.YAMLError as error:
-        reader.complain(start, (), f"not readable as text: {printable(str(getattr(error, 'reason', error)))}")
+        reader.complain(start, (), f"not readable as text: {short(str(getattr(error, 'reason', error)))}")
     except _Unusable:
         pass
     return Document(None, {}, {(): start}, reader.problems)
@@ -76,7 +76,7 @@ def read(text: str, file: str) -> Document:
 
 def _syntax(error: yaml.MarkedYAMLError) -> str:
     parts = (part for part in (error.problem, error.context) if part)
-    return f"not YAML: {printable(', '.join(parts))}"
+    return f"not YAML: {short(', '.join(parts))}"
 
 
 class _Unusable(Exception):
@@ -172,13 +172,13 @@ class _Reader:
         self.aliases += 1
         self.limit(self.aliases <= MAX_ALIASES, self.at(event), f"more than {MAX_ALIASES} aliases")
         known = event.anchor in self.anchors
-        self.limit(known, self.at(event), f"alias *{printable(event.anchor)} has no anchor that ends before it")
+        self.limit(known, self.at(event), f"alias *{short(event.anchor)} has no anchor that ends before it")
         node = self.anchors[event.anchor]
         return _Node(self.at(event), node.content, node.is_map, node.is_list)
 
     def check_tag(self, event: Any) -> None:
         if event.tag is not None:
-            self.complain(self.at(event), (), f"tag {printable(event.tag)} refused: a recipe is plain data")
+            self.complain(self.at(event), (), f"tag {short(event.tag)} refused: a recipe is plain data")
 
     # ---------------------------------------------------------------------------------------------- nodes -> data
 
