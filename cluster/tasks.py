@@ -34,7 +34,7 @@ class Task:
 
     function: Callable[[Worker, Any], Any]
     argument: Any
-    engine: Literal["solo", "ddp"] = "solo"
+    engine: str = "solo"  # a key of cluster.engines.OFFERS
     options: Mapping[str, Any] = field(default_factory=dict)  # of the engine, e.g. {"find_unused_parameters": False}
     precision: Precision = "fp32"
     threads: int = 1  # CPU threads per rank

@@ -84,7 +84,8 @@ class Driver:
         self.launcher = Launcher(study.recipe.cluster)
         self.counts = self._count()
         self.started = time.time()
-        self.state, self.exit_code = "running", None
+        self.state = "running"
+        self.exit_code: int | None = None
         self.began: dict[str, float] = {}  # gang -> when its last trial ended, on the worker's clock
         self.gaps: list[float] = []
         self.startup: float | None = None

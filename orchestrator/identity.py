@@ -27,7 +27,10 @@ def canonical(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [canonical(v) for v in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {"is": _name(type(value)), **{f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}}
+        return {
+            "is": _name(type(value)),
+            **{f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)},
+        }
     if isinstance(value, functools.partial):
         return {"is": _name(value.func), "args": canonical(value.args), "keywords": canonical(value.keywords)}
     if callable(value) and hasattr(value, "__qualname__") and "<" not in value.__qualname__:

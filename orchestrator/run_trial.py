@@ -72,7 +72,7 @@ def _names(trial: Trial) -> dict[str, Any]:
     return {"trial": trial.id, "arm": trial.arm, "batch": trial.base.batch, "seed": trial.seed, "point": trial.point}
 
 
-def failure(trial: Trial, error: dict[str, Any]) -> dict[str, Any]:
+def failure(trial: Trial, error: str) -> dict[str, Any]:
     """The result of a trial that ended in an error."""
     return {**_names(trial), "status": "failed", "error": error, "workers": trial.cluster.workers}
 

@@ -152,7 +152,7 @@ class PhaseRun:
     def _train_batch(self, start: int, stop: int) -> Batch:
         return self.phase.source(self.job.dataset.train(start, stop), self.net)
 
-    def weights(self) -> Weights:
+    def weights(self) -> dict[str, torch.Tensor]:
         return self.net.state_dict()
 
     # ------------------------------------------------------------------------------------------------------- steps

@@ -7,7 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from strategies.contract import Batch, Clock, Metrics, Need, Objective, Phase, PlanError, Predict, Schedule, State, Worker
+from strategies.contract import (
+    Batch,
+    Clock,
+    Metrics,
+    Need,
+    Objective,
+    Phase,
+    PlanError,
+    Predict,
+    Schedule,
+    State,
+    Worker,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,7 +103,7 @@ class Backprop:
 
     optimizer: Callable[[Net], Optimizer]
     rate: Schedule
-    objective: Objective = CrossEntropy()  # noqa: RUF009 (frozen)
+    objective: Objective = CrossEntropy()
     gradient: Gradient = one_forward_one_backward
     updates: tuple[Update, ...] = ()
 

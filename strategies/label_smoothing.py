@@ -21,5 +21,7 @@ class LabelSmoothing(Strategy):
 
     def _objective(self, old: Objective) -> Objective:
         if not isinstance(old, CrossEntropy):
-            raise PlanError(f"label_smoothing smooths cross-entropy, but the objective is {old}: leave one of the two out")
+            raise PlanError(
+                f"label_smoothing smooths cross-entropy, but the objective is {old}: leave one of the two out"
+            )
         return dataclasses.replace(old, smoothing=self.amount)

@@ -51,7 +51,7 @@ class Rate:
     peak: float
     warmup: float = 0.0
     start: float = 0.0
-    decay: Constant | Cosine | Polynomial | Steps = Constant()  # noqa: RUF009
+    decay: Constant | Cosine | Polynomial | Steps = Constant()
 
     def __call__(self, clock: Clock) -> float:
         if clock.epoch < self.warmup:

@@ -85,7 +85,7 @@ def _medians(summary: Summary) -> str:
         return "a single seed, so no interval"
     kinds = sorted({c.steps.kind for c in summary.all_cells}, reverse=True)
     best = " of the best setting" if summary.searched else ""
-    return f"median{best} over {over}, bars show the {' or '.join(kinds)}"
+    return f"median{best} over {over}, bars show the {' or '.join(kinds)}, dots each seed"
 
 
 def hardware(summary: Summary) -> str:

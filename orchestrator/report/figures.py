@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,9 +13,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from orchestrator.report.summary import Cell, Summary, seconds_to_target, steps_to_target
+from orchestrator.report.load import Result
+from orchestrator.report.summary import Cell, Summary, final_value, seconds_to_target, steps_to_target
 from orchestrator.report.wording import metric_name
 from orchestrator.statistics import Estimate
 
@@ -67,11 +69,11 @@ def _steps(summary: Summary) -> Figure | None:
         return None
     figure, axes = _axes("optimizer steps to target")
     for index, cells in enumerate(summary.cells.values()):
-        _estimates(axes, summary, index, cells, lambda cell: cell.steps)
+        _estimates(axes, summary, index, lambda cell: cell.steps, steps_to_target)
         _ideal(axes, index, cells)
         missed = [(c.batch, t.steps) for c in cells for t in c.trials if t.steps and math.isinf(steps_to_target(t))]
-        xs = _shifted([b for b, _ in missed], index, summary)
-        axes.plot(xs, [s for _, s in missed], "^", color=_colour(index), fillstyle="none", markersize=9, markeredgewidth=1.4)
+        style: dict[str, Any] = {"color": _colour(index), "fillstyle": "none", "markersize": 9, "markeredgewidth": 1.4}
+        axes.plot([b * _shift(index, summary) for b, _ in missed], [s for _, s in missed], "^", **style)
     _log_y(axes)
     extra = [Line2D([], [], color=GREY, linestyle="--", label="perfect scaling")]
     if any(cell.hits < len(cell.trials) for cell in summary.all_cells):
@@ -93,8 +95,8 @@ def _final(summary: Summary) -> Figure | None:
     if not (summary.metric and summary.all_cells):
         return None
     figure, axes = _axes(f"final {metric_name(summary.metric)}")
-    for index, cells in enumerate(summary.cells.values()):
-        _estimates(axes, summary, index, cells, lambda cell: cell.final)
+    for index in range(len(summary.cells)):
+        _estimates(axes, summary, index, lambda cell: cell.final, partial(final_value, metric=summary.metric))
     _finish(figure, axes, summary)
     return figure
 
@@ -103,11 +105,15 @@ def _time(summary: Summary) -> Figure | None:
     if not any(math.isfinite(seconds_to_target(t)) and not t.reused for c in summary.all_cells for t in c.trials):
         return None
     figure, axes = _axes("training seconds to target")
-    for index, cells in enumerate(summary.cells.values()):
-        _estimates(axes, summary, index, cells, lambda cell: cell.seconds)
+    for index in range(len(summary.cells)):
+        _estimates(axes, summary, index, lambda cell: cell.seconds, _own_seconds)
     _log_y(axes)
     _finish(figure, axes, summary)
     return figure
+
+
+def _own_seconds(trial: Result) -> float:
+    return math.inf if trial.reused else seconds_to_target(trial)
 
 
 def _axes(y: str) -> tuple[Figure, Axes]:
@@ -118,20 +124,27 @@ def _axes(y: str) -> tuple[Figure, Axes]:
 
 
 def _estimates(
-    axes: Axes, summary: Summary, index: int, cells: Sequence[Cell], of: Callable[[Cell], Estimate | None]
+    axes: Axes,
+    summary: Summary,
+    index: int,
+    of: Callable[[Cell], Estimate | None],
+    value: Callable[[Result], float],
 ) -> None:
-    """Medians joined by a line, intervals as bars; a bar that ends in a miss or a divergence points out of the figure."""
-    known = [(cell.batch, e) for cell in cells if (e := of(cell)) and math.isfinite(e.median)]
-    xs = _shifted([batch for batch, _ in known], index, summary)
+    """An arm: medians joined by a line, intervals as bars, each seed as a dot. Bars without end leave the figure."""
+    cells = summary.cells[summary.study.arms[index]]
+    shift = _shift(index, summary)
     style: dict[str, Any] = {"color": _colour(index), "linewidth": 1.6}
-    axes.plot(xs, [e.median for _, e in known], marker=_marker(index), markersize=6, **style)
-    for x, (_, e) in zip(xs, known, strict=True):
-        low, high = (end if math.isfinite(end) else e.median for end in (e.low, e.high))
-        axes.plot([x, x], [low, high], marker="_", markersize=7, **style)
-        for end, mark in ((e.low, "v"), (e.high, "^")):
+    known = [(cell.batch * shift, e) for cell in cells if (e := of(cell)) and math.isfinite(e.median)]
+    axes.plot([x for x, _ in known], [e.median for _, e in known], marker=_marker(index), markersize=6, **style)
+    for x, e in known:
+        ends = [end if math.isfinite(end) else e.median for end in (e.low, e.high)]
+        axes.plot([x, x], ends, marker="_", markersize=7, **style)
+        for end, edge in ((e.low, 0), (e.high, 1)):
             if math.isinf(end):
-                axes.annotate("", (x, 1 if mark == "^" else 0), (x, e.median), ("data", "axes fraction"),
-                              "data", {"arrowstyle": "->", "color": _colour(index), "linewidth": 1})  # fmt: skip
+                arrow = {"arrowstyle": "->", "color": _colour(index)}
+                axes.annotate("", (x, edge), (x, e.median), ("data", "axes fraction"), "data", arrow)
+    dots = [(c.batch * shift, y) for c in cells for t in c.trials if math.isfinite(y := value(t))]
+    axes.plot([x for x, _ in dots], [y for _, y in dots], ".", color=_colour(index), markersize=5, alpha=0.6)
 
 
 def _colour(index: int) -> str:
@@ -142,9 +155,9 @@ def _marker(index: int) -> str:
     return MARKERS[index % len(MARKERS)]
 
 
-def _shifted(batches: Iterable[float], index: int, summary: Summary) -> list[float]:
-    """Arms stand side by side, so that bars at the same batch size do not hide each other."""
-    return [batch * 1.05 ** (index - (len(summary.cells) - 1) / 2) for batch in batches]
+def _shift(index: int, summary: Summary) -> float:
+    """A factor that sets arms side by side, so that bars at the same batch size do not hide each other."""
+    return float(1.05 ** (index - (len(summary.cells) - 1) / 2))
 
 
 def _finish(figure: Figure, axes: Axes, summary: Summary, extra: Sequence[Line2D] = ()) -> None:
@@ -180,7 +193,7 @@ def _log_y(axes: Axes) -> None:
     subs = range(1, 10) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 # ------------------------------------------------------------------------------------------------------ training curves
@@ -190,16 +203,19 @@ def _curves(summary: Summary) -> Figure | None:
     if not (summary.metric and summary.all_cells):
         return None
     batches = summary.batches
-    columns = min(len(batches), 4)
+    columns = 2 if len(batches) == 4 else min(len(batches), 3)
     rows = math.ceil(len(batches) / columns)
-    figure = Figure(figsize=(max(6.4, 2.4 * columns), 0.9 + 2.2 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-    for axes, batch in zip(grid, batches, strict=False):
+    figure = Figure(figsize=(max(6.4, 2.5 * columns), 0.9 + 2.2 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, batch in zip(grid.flat, batches, strict=False):
         _small_multiple(axes, summary, batch)
-    for axes in list(grid)[len(batches) :]:
+    for axes in grid.flat[len(batches) :]:
         axes.set_axis_off()
-    figure.supxlabel("epochs", fontsize=10)
-    figure.supylabel(metric_name(summary.metric), fontsize=10)
+    for axes in grid.flat[max(0, len(batches) - columns) : len(batches)]:  # the lowest of each column
+        axes.set_xlabel("epochs")
+        axes.tick_params(labelbottom=True)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(metric_name(summary.metric))
     _legend(figure, summary.cells)
     return figure
 

@@ -13,7 +13,7 @@ from orchestrator.report.wording import count, figures3, metric_name, metric_val
 from orchestrator.statistics import Estimate, over_perfect, regime, slopes, wilson
 
 LONGEST = 160  # characters of an error in a table; the whole of it is in results.csv
-WORDS = {"arm", "trial", "status", "best setting", "scaling from the batch before", "reused", "error"}  # set flush left
+WORDS = {"arm", "trial", "status", "best setting", "regime", "reused", "error"}  # set flush left
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def _scaling(cells: list[Cell]) -> list[dict[str, Any]]:
     local = [math.nan, *slopes(batches, steps)]
     return [
         {
-            "steps over perfect scaling": f"{o:+.0%}".replace("%", " %") if math.isfinite(o) else None,
+            "steps over perfect": f"{o:+.0%}".replace("%", " %") if math.isfinite(o) else None,
             "local slope": f"{s:.2f}" if math.isfinite(s) else None,
-            "scaling from the batch before": regime(s) if math.isfinite(s) else None,
+            "regime": regime(s) if math.isfinite(s) else None,
         }
         for o, s in zip(over, local, strict=True)
     ]
@@ -91,15 +91,16 @@ def setting(cell: Cell) -> str:
 
 def trials_table(summary: Summary) -> Table:
     paths = dict.fromkeys(path for r in summary.study.results for path in r.point if path != BATCH)
-    return Table.of([_trial_row(r, list(paths)) for r in summary.study.results])
+    return Table.of([_trial_row(r, list(paths), summary.metric) for r in summary.study.results])
 
 
-def _trial_row(result: Result, paths: list[str]) -> dict[str, Any]:
+def _trial_row(result: Result, paths: list[str], metric: str | None) -> dict[str, Any]:
     row: dict[str, Any] = {"trial": result.trial, "arm": result.arm, "batch": result.batch}
     row |= {path: as_text(result.point[path]) if path in result.point else None for path in paths}
     row |= {"seed": result.seed, "status": result.status, "steps": result.steps, "epochs": _number(result.epochs, count)}
-    row |= {f"final {metric_name(m)}": _metric(m, result.final.get(m)) for m in ("test_accuracy", "test_loss", "train_loss")}
-    row |= {"best test accuracy": _metric("test_accuracy", result.best.get("test_accuracy"))}
+    if metric:
+        name = metric_name(metric)
+        row |= {f"final {name}": _metric(metric, result.final), f"best {name}": _metric(metric, result.best)}
     row |= {"steps to target": count(steps_to_target(result)) if result.target else None}
     row |= {"seconds to target": figures3(seconds_to_target(result)) if result.target else None}
     row |= {"training seconds": _number(result.seconds.get("train"), figures3)}
@@ -111,5 +112,5 @@ def _number(value: float | None, text: Callable[[float], str]) -> str | None:
     return None if value is None else text(value)
 
 
-def _metric(name: str, value: float | None) -> str | None:
-    return None if value is None else metric_value(name, value)
+def _metric(name: str, values: dict[str, float | None]) -> str | None:
+    return _number(values.get(name), lambda value: metric_value(name, value))

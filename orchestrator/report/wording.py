@@ -18,7 +18,7 @@ def figures3(value: float) -> str:
     """Three significant figures, without an exponent for ordinary sizes."""
     if math.isinf(value):
         return "never"
-    return f"{value:.0f}" if 100 <= abs(value) < 1e7 else f"{value:.3g}"
+    return f"{value:.0f}" if 100 <= abs(value) < 1e7 else f"{value:#.3g}".removesuffix(".")
 
 
 def factor(value: float) -> str:

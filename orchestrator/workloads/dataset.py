@@ -74,8 +74,8 @@ class Dataset:
 
     def _normalise(self, x: Tensor) -> Tensor:
         """(n, h, w, c) or (n, d), as stored -> (n, c, h, w) channels-last or (n, d), in the training dtype."""
-        flat = x.reshape(len(x), -1).to(self.dtype)
-        out = torch.addcmul(self.summand, flat, self.factor).view(x.shape)
+        flat = x.flatten(1).to(self.dtype, copy=True)  # the data set itself must not change
+        out = torch.addcmul(self.summand, flat, self.factor, out=flat).view(x.shape)
         return out.permute(0, 3, 1, 2) if out.ndim == 4 else out
 
 

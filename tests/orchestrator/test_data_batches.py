@@ -127,6 +127,13 @@ def test_score_is_a_sum_over_examples() -> None:
     assert abs(float(sum(p["test_loss"] for p in parts) - score["test_loss"])) < 1e-12
 
 
+def test_a_worker_without_test_examples_scores_nothing() -> None:
+    data = dataset()
+    empty = data.test(3, 3)
+    assert empty.x.shape == (0, 3, 6, 10)
+    assert all(value == 0 for value in data.score(torch.zeros(0, 5), empty.y).values())
+
+
 def test_open_dataset_seeds_the_order(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BIGBATCH_HOME", str(tmp_path))
     workload = Workload.model_validate({"data": "digits", "augment": {"crop": 1}})

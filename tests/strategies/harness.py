@@ -33,7 +33,7 @@ class Blobs:
 
     seed: int = 0
     repeat: int = 1
-    fail_at: int | None = None  # stream position at which reading fails, once
+    fail_at: int | None = None  # stream position from which on reading fails, once, on every worker
     inputs: tuple[int, ...] = (WIDTH,)
     classes: int = CLASSES
     test_examples: int = 31
@@ -50,7 +50,7 @@ class Blobs:
         return EXAMPLES * self.repeat
 
     def train(self, start: int, stop: int) -> Batch:
-        if self.fail_at is not None and start <= self.fail_at < stop:
+        if self.fail_at is not None and stop > self.fail_at:
             self.fail_at = None
             raise InterruptedError("the planted fault")
         position = torch.arange(start, stop)
