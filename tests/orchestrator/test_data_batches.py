@@ -115,6 +115,14 @@ def test_flat_data() -> None:
         Dataset(flat, Augment(flip=True), SEED, CPU, torch.float64)
 
 
+def test_making_batches_leaves_the_data_set_as_it_was() -> None:
+    x = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    flat = Arrays(x.copy(), np.zeros(20, np.int64), x.copy(), np.zeros(20, np.int64), 1, (1.0,) * 4, (2.0,) * 4)
+    data = Dataset(flat, Augment(), SEED, CPU, torch.float32)  # no conversion stands between the data and the batch
+    data.train(0, 20), data.test(0, 20)
+    assert np.array_equal(flat.train_x, x) and np.array_equal(flat.test_x, x)
+
+
 def test_score_is_a_sum_over_examples() -> None:
     data = dataset()
     logits = torch.randn(11, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
