@@ -37,6 +37,12 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports have tests of their own and take seconds."""
+    monkeypatch.setattr("orchestrator.report.build", lambda study, trials=None: ["a headline"])
+
+
 def study(runs: Path, *sets: str, text: str = RECIPE) -> Study:
     path = runs.parent / "recipe.yaml"
     path.write_text(text)
@@ -80,6 +86,7 @@ def test_the_second_run_trains_nothing(runs: Path) -> None:
     assert (runs / "small/report.html").stat().st_mtime_ns == page
 
 
+@pytest.mark.usefixtures("no_report")
 @pytest.mark.parametrize(
     ("change", "new"),
     [
@@ -99,6 +106,7 @@ def test_only_what_is_new_is_run(runs: Path, change: str, new: int) -> None:
     assert len(trained(runs)) == 8 + new
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_new_target_is_read_from_the_curves(runs: Path) -> None:
     drive(study(runs))
     drive(study(runs, "workload.target={test_accuracy: 0.3}"))
@@ -131,6 +139,7 @@ def test_an_arm_may_come_but_not_go() -> None:
     assert len(list(differences(two, one))) == 1
 
 
+@pytest.mark.usefixtures("no_report")
 def test_fresh_moves_the_old_study_aside(runs: Path) -> None:
     drive(study(runs))
     assert drive(study(runs, "base.rate.peak=0.1"), fresh=True) == 0
@@ -138,6 +147,7 @@ def test_fresh_moves_the_old_study_aside(runs: Path) -> None:
     assert len(trained(runs)) == 8
 
 
+@pytest.mark.usefixtures("no_report")
 def test_phases_are_shared_by_studies(runs: Path) -> None:
     """The same trials under another study's name: read from the phases on file, not trained again."""
     drive(study(runs))
@@ -150,6 +160,7 @@ def test_phases_are_shared_by_studies(runs: Path) -> None:
         assert result["final"] == twin["final"] and result["target"]["step"] == twin["target"]["step"]
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_failing_trial_is_told_and_the_others_go_on(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = runs.parent / "own_network.py"
     code.write_text("def net(inputs, classes):\n    raise ValueError('planted in the network')\n")
@@ -175,6 +186,7 @@ def test_a_failing_trial_is_told_and_the_others_go_on(runs: Path, capsys: pytest
         sys.modules.pop("own_network", None)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_fail_fast(runs: Path) -> None:
     text = RECIPE.replace("{mlp: {width: 16, depth: 2}}", "{import: 'no_such_module:net'}")
     path = runs.parent / "recipe.yaml"
@@ -183,6 +195,7 @@ def test_fail_fast(runs: Path) -> None:
     assert len(Store(runs / "small").results()) == 1
 
 
+@pytest.mark.usefixtures("no_report")
 def test_two_drivers_do_not_write_at_once(runs: Path) -> None:
     holder = f"""
 import time
@@ -205,6 +218,7 @@ with Store(Path({str(runs / "small")!r})).lock():
         process.kill()
 
 
+@pytest.mark.usefixtures("no_report")
 def test_the_noisy_quadratic_gives_its_known_answer(runs: Path) -> None:
     """methods: steps to 1 % of the initial loss at the best rate of a grid; here at the rate that wins for each batch."""
     from orchestrator.workloads.noisy_quadratic import steps_to_target
