@@ -24,10 +24,10 @@ def load(path: str | PathLike[str], overrides: Sequence[str] = (), allow_code: b
     Raises RecipeError for whatever is wrong with the file, the overrides or the recipe. A recipe that names code to
     import is refused unless `allow_code`.
     """
-    return loads(_text(path), str(path), overrides, allow_code)
+    return loads(_bytes(path), str(path), overrides, allow_code)
 
 
-def loads(text: str, file: str, overrides: Sequence[str] = (), allow_code: bool = False) -> Recipe:
+def loads(text: str | bytes, file: str, overrides: Sequence[str] = (), allow_code: bool = False) -> Recipe:
     """As `load`, for text that is at hand; `file` is its name in messages."""
     document = read(text, file)
     if document.problems and document.data is None:
@@ -52,13 +52,11 @@ def validate_structure(data: Any) -> list[ErrorDetails]:
     return []
 
 
-def _text(path: str | PathLike[str]) -> str:
-    file = FilePath(path)
+def _bytes(path: str | PathLike[str]) -> bytes:
+    """The file's content, or as much of it as shows that it is too long."""
     try:
-        with file.open("rb") as stream:
-            return stream.read(MAX_BYTES + 4).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        reason = f"not UTF-8 text, at byte {error.start}"
+        with FilePath(path).open("rb") as stream:
+            return stream.read(MAX_BYTES + 1)
     except IsADirectoryError:
         reason = "a directory, expected a recipe file"
     except (OSError, ValueError) as error:

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from orchestrator.files import printable
 
+MOST_SHOWN = 20  # names in one message
 Path: TypeAlias = "tuple[str | int, ...]"
 """Keys and list positions that lead from the top of a recipe to a value."""
 
@@ -61,9 +62,10 @@ def short(text: str) -> str:
     return clean if len(clean) <= 80 else clean[:77] + "..."
 
 
-def nearest(name: str, names: Sequence[str], what: str = "expected one of") -> str:
+def nearest(name: str, names: Sequence[str]) -> str:
     """`did you mean "batch"?` where a right name is near, else the list of right names."""
     near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
     if near:
         return f'did you mean "{next(n for n in names if n.lower() == near[0])}"?'
-    return f"{what} {', '.join(names)}" if names else "none is allowed here"
+    shown = [*names[:MOST_SHOWN], f"... ({len(names)} in all)"] if len(names) > MOST_SHOWN else names
+    return f"expected one of {', '.join(shown)}" if names else "expected none here"

@@ -51,7 +51,7 @@ class Arm(Model):
     """One combination that the study compares with others."""
 
     strategies: list[StrategyChoice] = Field(default=[], description="applied after the strategies of the study")
-    base: BasePatch = Field(default=BasePatch.model_construct(), description="what this arm changes in the base")
+    base: BasePatch = Field(default=BasePatch.model_validate({}), description="what this arm changes in the base")
 
 
 class Recipe(Model):

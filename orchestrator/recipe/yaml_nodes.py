@@ -52,17 +52,21 @@ class Document:
         return self.values[path]
 
 
-def read(text: str, file: str) -> Document:
-    """The only document of `text`. Problems are in the result; with a syntax error they are all that is in it."""
+def read(source: str | bytes, file: str) -> Document:
+    """The only document of `source`. Problems are in the result; with a syntax error they are all that is in it."""
     start = Place(file, 1, 1)
     reader = _Reader(file)
+    raw = source.encode("utf-8", "surrogatepass") if isinstance(source, str) else source
     try:
-        reader.limit(len(text) <= MAX_BYTES, start, f"more than {MAX_BYTES >> 20} MiB, too long for a recipe")
+        reader.limit(len(raw) <= MAX_BYTES, start, f"more than {MAX_BYTES >> 20} MiB, too long for a recipe")
+        text = raw.decode("utf-8-sig")
         if file.endswith(".json"):
             text = text.replace("\t", " ")  # a tab is white space in JSON, and never part of a string
         reader.tabs(text)
         reader.events(text)
         return reader.document()
+    except UnicodeDecodeError as error:
+        reader.complain(start, (), f"not UTF-8 text, at byte {error.start}")
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Place(file, mark.line + 1, mark.column + 1) if mark else start
@@ -121,14 +125,15 @@ class _Reader:
     # -------------------------------------------------------------------------------------------- events -> nodes
 
     def events(self, text: str) -> None:
-        stack: list[tuple[_Node, list[_Node]]] = []
+        stack: list[tuple[Any, list[_Node]]] = []  # the start of each open collection, and what is in it so far
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.CollectionStartEvent):
                 self.limit(len(stack) < MAX_DEPTH, self.at(event), f"more than {MAX_DEPTH} levels deep")
-                stack.append((self.open(event), []))
+                self.check_tag(event)
+                self.anchors.pop(event.anchor or "", None)  # until it is closed, an alias to it would never end
+                stack.append((event, []))
             elif isinstance(event, yaml.CollectionEndEvent):
-                node, children = stack.pop()
-                self.add(self.close(node, children), stack)
+                self.add(self.collection(*stack.pop()), stack)
             elif isinstance(event, yaml.ScalarEvent | yaml.AliasEvent):
                 node = self.scalar(event) if isinstance(event, yaml.ScalarEvent) else self.alias(event)
                 self.add(node, stack)
@@ -138,7 +143,7 @@ class _Reader:
     def at(self, event: Any) -> Place:
         return Place(self.file, event.start_mark.line + 1, event.start_mark.column + 1)
 
-    def add(self, node: _Node, stack: list[tuple[_Node, list[_Node]]]) -> None:
+    def add(self, node: _Node, stack: list[tuple[Any, list[_Node]]]) -> None:
         self.count += 1
         self.limit(self.count <= MAX_VALUES, node.place, f"more than {MAX_VALUES} values, too many for a recipe")
         if stack:
@@ -146,18 +151,11 @@ class _Reader:
         else:
             self.root = node
 
-    def open(self, event: Any) -> _Node:
-        self.check_tag(event)
-        is_map = isinstance(event, yaml.MappingStartEvent)
-        node = _Node(self.at(event), None, is_map=is_map, is_list=not is_map)
-        self.anchors.pop(event.anchor, None)  # until it is closed, an alias to it would never end
-        node.content = event.anchor
-        return node
-
-    def close(self, node: _Node, children: list[_Node]) -> _Node:
-        anchor = node.content
-        node.content = list(zip(children[::2], children[1::2], strict=True)) if node.is_map else children
-        return self.keep(anchor, node)
+    def collection(self, start: Any, children: list[_Node]) -> _Node:
+        if isinstance(start, yaml.SequenceStartEvent):
+            return self.keep(start.anchor, _Node(self.at(start), children, is_list=True))
+        pairs = list(zip(children[::2], children[1::2], strict=True))
+        return self.keep(start.anchor, _Node(self.at(start), pairs, is_map=True))
 
     def keep(self, anchor: str | None, node: _Node) -> _Node:
         if anchor is not None:

@@ -137,11 +137,11 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     assert refusal(tmp_path / "no.yaml") == f"{tmp_path}/no.yaml: cannot be read: No such file or directory"
     assert refusal(tmp_path) == f"{tmp_path}: a directory, expected a recipe file"
     (tmp_path / "latin.yaml").write_bytes(b"study: caf\xe9\n")
-    assert refusal(tmp_path / "latin.yaml") == f"{tmp_path}/latin.yaml: not UTF-8 text, at byte 10"
+    assert refusal(tmp_path / "latin.yaml") == f"{tmp_path}/latin.yaml:1:1: not UTF-8 text, at byte 10"
     assert "cannot be read" in refusal("a\0b.yaml")
     (tmp_path / "list.yaml").write_text("- a\n")
     assert refusal(tmp_path / "list.yaml").startswith(f"{tmp_path}/list.yaml:1:1: expected a map")
-    (tmp_path / "big.yaml").write_text("#" * (MAX_BYTES + 10))
+    (tmp_path / "big.yaml").write_text("# ä" * (MAX_BYTES // 4 + 1))  # fewer characters than bytes
     assert "more than 1 MiB" in refusal(tmp_path / "big.yaml")
 
 
@@ -167,6 +167,11 @@ def test_what_is_dumped_reads_back(data: dict[str, Any]) -> None:
 def test_no_text_is_a_traceback(text: str) -> None:
     for problem in read(text, "r.yaml").problems:
         assert str(problem).isprintable()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_recipe() -> None:
+    assert read(b"\xef\xbb\xbfa: 1\n", "r.yaml").data == {"a": 1}
+    assert complaints("a: \udc80\n") == ["r.yaml:1:1: not UTF-8 text, at byte 3"]
 
 
 def test_importing_the_package_is_light() -> None:

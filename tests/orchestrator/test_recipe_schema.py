@@ -12,7 +12,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from orchestrator.recipe import Recipe, RecipeError, json_schema, load
+from orchestrator.recipe.checks import check
 from orchestrator.recipe.load import loads, validate_structure
+from orchestrator.recipe.messages import findings
 from orchestrator.recipe.problems import Path
 from orchestrator.recipe.yaml_nodes import read
 
@@ -132,6 +134,14 @@ def test_loader_and_schema_agree_on_every_mutation(validator: Draft202012Validat
     assert len(corpus) >= 500
     right = sum(ours for ours, _ in verdicts)
     assert len(corpus) * 0.05 < right < len(corpus) * 0.5  # a corpus that only one verdict fits would prove nothing
+
+
+def test_no_mutation_is_a_traceback_and_every_wrong_one_is_explained() -> None:
+    for text in TEXTS:
+        for mutant in list(mutations(data_of(text)))[::7]:
+            errors = validate_structure(mutant)
+            found = findings(errors, mutant, Recipe) if errors else check(Recipe.model_validate(mutant))
+            assert bool(found) or not errors
 
 
 def is_free(path: Path) -> bool:

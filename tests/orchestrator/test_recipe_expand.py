@@ -1,0 +1,200 @@
+"""From a recipe to its trials, and to a resolved recipe that says the same."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.recipe import Recipe, dump, expand, load, resolved
+from orchestrator.recipe.load import loads
+from orchestrator.recipe.resolve import merge
+from orchestrator.recipe.schema import Data
+from orchestrator.trial import Trial
+
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+TEXT = """\
+study: s
+workload: {data: digits, evaluate: {steps: 5}, target: {test_accuracy: 0.9}}
+base:
+  batch: 32
+  epochs: 2
+  optimizer: {sgd: {momentum: 0.9, nesterov: true}}
+  rate: {peak: 0.1, decay: cosine}
+strategies: [label_smoothing]
+arms:
+  plain: {}
+  other: {strategies: [ema], base: {optimizer: {sgd: {momentum: 0.5}}, rate: {peak: 1}}}
+grid: {base.batch: [32, 8], base.rate.warmup: [0, 1]}
+seeds: 2
+"""
+
+
+def recipe(*overrides: str, text: str = TEXT) -> Recipe:
+    return loads(text, "recipe.yaml", overrides)
+
+
+def trials(*overrides: str, text: str = TEXT) -> list[Trial]:
+    return expand(recipe(*overrides, text=text), "data", "fp32")
+
+
+def ids(*overrides: str, text: str = TEXT) -> list[str]:
+    return [trial.id for trial in trials(*overrides, text=text)]
+
+
+def test_arms_come_first_then_the_grid_then_seeds() -> None:
+    order = [(t.arm, t.base.batch, t.base.rate.warmup, t.seed) for t in trials()]
+    assert order == [(a, b, w, s) for a in ("plain", "other") for b in (32, 8) for w in (0, 1) for s in (0, 1)]
+    assert trials()[0].point == {"base.batch": 32, "base.rate.warmup": 0}
+
+
+def test_arms_merge_onto_the_base_and_strategies_of_the_study_come_first() -> None:
+    plain, other = trials()[0], trials()[8]
+    assert other.base.optimizer.options.model_dump() == {"momentum": 0.5, "nesterov": True, "weight_decay": 0}
+    assert (other.base.rate.peak, other.base.rate.decay.name) == (1, "cosine")
+    assert plain.strategies == (("label_smoothing", {"amount": 0.1}),)
+    assert [name for name, _ in other.strategies] == ["label_smoothing", "ema"]
+
+
+def test_another_variant_replaces_and_another_unit_too() -> None:
+    (trial,) = trials("arms={a: {base: {optimizer: adamw, steps: 7}}}", "grid={}", "seeds=[4]")
+    assert trial.base.optimizer.name == "adamw" and trial.base.optimizer.sgd is None
+    assert (trial.base.steps, trial.base.epochs, trial.seed) == (7, None, 4)
+    (trial,) = trials("arms={a: {}}", "grid={base.steps: [9], workload.evaluate.epochs: [1]}", "seeds=1")
+    assert (trial.base.steps, trial.base.epochs) == (9, None)
+    assert (trial.workload.evaluate.epochs, trial.workload.evaluate.steps) == (1, None)
+
+
+def test_a_grid_value_merges_as_an_arm_does() -> None:
+    grid = "grid={base.optimizer: [{sgd: {weight_decay: 0.1}}, adamw]}"
+    first, second = trials("arms={a: {}}", grid, "seeds=1")
+    assert first.base.optimizer.options.model_dump() == {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}
+    assert second.base.optimizer.name == "adamw"
+    assert first.point == {"base.optimizer": {"sgd": {"weight_decay": 0.1}}}
+
+
+def test_precision_is_that_of_the_grid_or_of_the_recipe_or_what_auto_is_here() -> None:
+    assert {t.precision for t in trials()} == {"fp32"}
+    assert {t.precision for t in trials("precision=fp64")} == {"fp64"}
+    assert {t.precision for t in trials("grid.precision=[bf16, fp64]")} == {"bf16", "fp64"}
+
+
+def test_the_fingerprint_is_asked_once_for_each_data_set() -> None:
+    asked: list[str] = []
+
+    def fingerprint(data: Data) -> str:
+        asked.append(data.name)
+        return f"print of {data.name}"
+
+    found = expand(recipe("grid.workload.data=[digits, mnist]"), fingerprint, "fp32")
+    assert sorted(asked) == ["digits", "mnist"]
+    assert all(t.data == f"print of {t.workload.data.name}" for t in found)
+
+
+def test_ids_are_of_what_determines_the_result() -> None:
+    base = ids()
+    assert len(set(base)) == len(base) == 16 and all(len(i) == 12 for i in base)
+    for same in ("study=t", "tracking.wandb={}", "cluster.workers=2", "checkpoint.keep=5", "workload.target=null"):
+        assert ids(same) == base, same
+    for new in (
+        "strategies=[{label_smoothing: {amount: 0.2}}]",
+        "grid.base.batch=[16, 64]",
+        "seeds=[7, 8]",
+        "log_steps=9",
+    ):
+        assert not set(ids(new)) & set(base), new
+    assert set(ids("seeds=3")) > set(base)
+
+
+def test_ids_do_not_depend_on_the_order_of_keys_or_the_spelling_of_numbers() -> None:
+    lines = TEXT.splitlines()
+    reordered = "\n".join([*lines[7:], *lines[2:7], lines[1], lines[0]])
+    assert ids(text=reordered) == ids()
+    assert ids(text=TEXT.replace("peak: 1}", "peak: 1.0}").replace("[32, 8]", "[3.2e1, 8]")) == ids()
+    assert ids(text=TEXT.replace("[label_smoothing]", "[{label_smoothing: {amount: 1e-1}}]")) == ids()
+
+
+def test_ids_are_the_same_in_another_process() -> None:
+    code = (
+        "import sys; from orchestrator.recipe.load import loads; from orchestrator.recipe import expand; "
+        "print(*[t.id for t in expand(loads(sys.stdin.read(), 'r.yaml'), 'data', 'fp32')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=TEXT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ids()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_resolved_recipe_says_the_same(path: Path) -> None:
+    first = load(path)
+    again = loads(dump(resolved(first)), "resolved.yaml")
+    assert again == first and resolved(again) == resolved(first)
+    assert expand(again, "d", "fp32") == expand(first, "d", "fp32")
+
+
+def test_resolved_fills_in_defaults_and_leaves_out_nothing_else() -> None:
+    data = resolved(recipe())
+    assert data["workload"]["model"] == {"mlp": {"width": 128, "depth": 3}}
+    assert data["engine"] == {"ddp": {"find_unused_parameters": False}} and data["log_steps"] == 50
+    assert data["strategies"] == [{"label_smoothing": {"amount": 0.1}}]
+    assert data["arms"]["plain"] == {"strategies": [], "base": {}}
+    assert list(data["grid"]) == ["base.batch", "base.rate.warmup"]
+    imported = loads(TEXT.replace("digits", "digits, model: {import: 'a:b'}"), "r.yaml", allow_code=True)
+    assert resolved(imported)["workload"]["model"] == {"import": "a:b"}
+
+
+NAMES = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z") | st.sampled_from(
+    ["1e3", "true", "null", "010", "1.", "no"]
+)
+RATES = st.fixed_dictionaries(
+    {"peak": st.floats(1e-12, 1e12)},
+    optional={
+        "per": st.integers(1, 10**9),
+        "start": st.floats(0, 1),
+        "decay": st.sampled_from(["none", "cosine", "step"]),
+    },
+)
+ARMS = st.dictionaries(
+    NAMES,
+    st.fixed_dictionaries(
+        {}, optional={"base": st.fixed_dictionaries({}, optional={"rate": RATES, "steps": st.integers(1, 99)})}
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@given(
+    study=NAMES,
+    path=st.text(),
+    base=st.fixed_dictionaries(
+        {"batch": st.integers(1, 10**6), "epochs": st.floats(0.001, 1e6)}, optional={"rate": RATES}
+    ),
+    arms=ARMS,
+    seeds=st.lists(st.integers(0, 99), min_size=1, max_size=3, unique=True),
+)
+def test_any_recipe_survives_being_resolved_and_dumped(
+    study: str, path: str, base: dict[str, Any], arms: dict[str, Any], seeds: list[int]
+) -> None:
+    workload = {"data": {"npz": {"path": path}}}
+    first = Recipe.model_validate({"study": study, "workload": workload, "base": base, "arms": arms, "seeds": seeds})
+    again = Recipe.model_validate(_read(dump(resolved(first))))
+    assert again == first
+    assert expand(again, "d", "fp32") == expand(first, "d", "fp32")
+
+
+def _read(text: str) -> Any:
+    from orchestrator.recipe.yaml_nodes import read
+
+    document = read(text, "resolved.yaml")
+    assert document.problems == []
+    return document.data
+
+
+def test_merging_an_empty_patch_changes_nothing() -> None:
+    data = resolved(recipe())
+    assert merge(Recipe, data, {}) == data and merge(Recipe, data, data) == data
