@@ -56,7 +56,7 @@ def _finding(error: ErrorDetails, data: Any, root: Any) -> Finding:
         return Finding(path, f"expected {NAME}", of_key=True)
     if kind in BOUNDS:
         name = BOUNDS[kind]
-        return Finding(path, f"expected {SIGNS[name]} {error['ctx'][name]:g}, got {value:g}", rank=1)
+        return Finding(path, f"expected {SIGNS[name]} {number(error['ctx'][name])}, got {number(value)}", rank=1)
     return Finding(path, _wrong_value(error, path, at(root, path)), rank=int(not kind.endswith(MISFITS)))
 
 
@@ -77,13 +77,13 @@ def _wrong_value(error: ErrorDetails, path: Path, annotation: Any) -> str:
     value = error["input"]
     kind = error["type"]
     if kind == "one_of":
-        return f"{error['msg']}, got {_and_list(value)}"
+        return f"{error['msg']}, got {_keys(value)}"
     if kind == "distinct":
         return error["msg"]
     if kind == "too_short":
         return "expected at least one entry, got none"
     if kind == "needs_options":
-        return f"{value} needs options: write {value}: ... as a map"
+        return f"{value} needs options, write {{{value}: ...}}"
     if kind == "string_pattern_mismatch":
         return f"expected {PATTERNS.get(str(path[-1]), NAME)}, got {got(value)}"
     wanted = literals(annotation)
@@ -92,7 +92,7 @@ def _wrong_value(error: ErrorDetails, path: Path, annotation: Any) -> str:
     return f"expected {expected(annotation)}, got {got(value)}{hint(value, annotation)}"
 
 
-def _and_list(value: Any) -> str:
+def _keys(value: Any) -> str:
     keys = [short(str(key)) for key in value] if isinstance(value, dict) else []
     return ", ".join(keys) or "none"
 
@@ -128,15 +128,20 @@ def got(value: Any) -> str:
     if isinstance(value, str):
         return f'text "{short(value)}"'
     if isinstance(value, int | float):
-        return f"number {value}"
+        return f"number {number(value)}"
     return "a list" if isinstance(value, list) else "a map"
+
+
+def number(value: float) -> str:
+    """As a person writes it: 1 for 1.0, and never rounded."""
+    return str(int(value)) if abs(value) < 1e15 and value == int(value) else repr(value)
 
 
 def hint(value: Any, annotation: Any) -> str:
     """What to write instead, where the slip is a common one."""
     kinds = branches(annotation)
-    number = {int, float} & set(kinds)
-    if isinstance(value, str) and number and isinstance(scalar(value.replace("_", "")), int | float):
+    numeric = {int, float} & set(kinds)
+    if isinstance(value, str) and numeric and isinstance(scalar(value.replace("_", "")), int | float):
         return f": write {value.replace('_', '')} without quotes"
     if isinstance(value, str) and bool in kinds and value.lower() in TRUTH:
         return f": write {TRUTH[value.lower()]}"

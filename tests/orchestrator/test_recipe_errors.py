@@ -99,8 +99,16 @@ def test_five_planted_mistakes_are_five_lines() -> None:
             "tracking: {wandb: {key: secret}}",
             "20: tracking.wandb.key: unknown key, expected one of project, mode, entity",
         ),
+        (
+            "workload: {data: digits, target: {test_accuracy: 1.00000001}}",
+            "50: workload.target.test_accuracy: expected <= 1, got 1.00000001",
+        ),
+        (
+            "workload: {data: digits, model: {resnet: {depth: 9}}}",
+            "50: workload.model.resnet.depth: expected one of 8, 18, 20, 56, got number 9",
+        ),
         ("checkpoint: null", "13: checkpoint: expected a map, got nothing (null)"),
-        ("log_steps: 1e13", "12: log_steps: expected <= 1e+12, got 1e+13"),
+        ("log_steps: 1e13", "12: log_steps: expected <= 1000000000000, got 10000000000000"),
     ],
 )
 def test_each_mistake_in_its_own_words(line: str, expected: str) -> None:
@@ -116,7 +124,7 @@ def test_what_is_missing_is_told_where_it_should_be() -> None:
         "recipe.yaml:4:3: base.batch: required key is missing, expected a whole number",
     ]
     assert lines(GOOD.replace("digits", "npz")) == [
-        "recipe.yaml:2:18: workload.data: npz needs options: write npz: ... as a map"
+        "recipe.yaml:2:18: workload.data: npz needs options, write {npz: ...}"
     ]
 
 
