@@ -77,7 +77,7 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 
 
 def slopes(batches: Sequence[float], steps: Sequence[float]) -> list[float]:
-    """-d log S / d log B from each batch size to the next: 1 is perfect scaling, 0 none. NaN next to a miss.
+    """-d log S / d log B from each batch size to the next: 1 is perfect scaling, 0 none. Not finite next to a miss.
 
     `batches` strictly increasing; one slope less than batches.
     """

@@ -71,7 +71,7 @@ def _scaling(cells: list[Cell]) -> list[dict[str, Any]]:
     batches, steps = [c.batch for c in cells], [c.steps.median for c in cells]
     first = next((i for i, s in enumerate(steps) if math.isfinite(s)), len(steps))
     over = [math.nan] * first + (over_perfect(batches[first:], steps[first:]) if first < len(steps) else [])
-    local = [math.nan, *slopes(batches, steps)]
+    local = [math.nan] * (len(steps) > 0) + slopes(batches, steps)
     return [
         {
             "steps over perfect": f"{o:+.0%}".replace("%", " %") if math.isfinite(o) else None,
