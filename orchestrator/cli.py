@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,7 +68,16 @@ def open_study(path: Path, sets: list[str] | None, allow_code: bool, output: Pat
     from orchestrator.study import Study
 
     recipe = load(path, sets or (), allow_code=allow_code)
+    if allow_code:
+        import_from_here()
     return Study(recipe, path.read_text(encoding="utf-8"), output)
+
+
+def import_from_here() -> None:
+    """The user's own modules are found in the current folder, by this process and by the workers that it starts."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
 
 
 @app.command()

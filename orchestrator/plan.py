@@ -12,6 +12,7 @@ from orchestrator.identity import canonical
 from orchestrator.recipe import Recipe, expand
 from orchestrator.study import Study
 from orchestrator.trial import Trial
+from orchestrator.workloads.noisy_quadratic import QuadraticData
 from strategies.contract import Need, Plan, PlanError
 
 
@@ -40,7 +41,7 @@ def as_data(study: Study) -> dict[str, Any]:
     from orchestrator.workloads import load
 
     recipe, data = study.recipe, study.recipe.workload.data
-    examples = 10_000 if data.noisy_quadratic else len(load(data).train_y)
+    examples = QuadraticData.examples if data.noisy_quadratic else len(load(data).train_y)
     settings = [_setting(study, list(group), examples) for _, group in _settings(study.trials)]
     offers = OFFERS[recipe.engine.name]
     return {
