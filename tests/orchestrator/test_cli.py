@@ -1,0 +1,133 @@
+"""The command line as typed: exit codes, what goes to stdout, errors in one line, and how little is imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+FIVE_MISTAKES = """\
+study: five
+workload:
+  data: digit
+  target: {test_accuracy: 1.5}
+base:
+  optimzer: sgd
+  epochs: "20"
+  batch: 64
+arms: {sgd: {}}
+seeds: 0
+"""
+
+
+def bigbatch(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "orchestrator", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd)
+
+
+def test_five_mistakes_five_positions(tmp_path: Path) -> None:
+    path = tmp_path / "five.yaml"
+    path.write_text(FIVE_MISTAKES)
+    done = bigbatch("validate", str(path))
+    assert done.returncode == 2 and done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert [line.removeprefix(f"{path}:").split(" ")[0] for line in lines] == ["3:9:", "4:27:", "6:3:", "7:11:", "10:8:"]
+    assert 'did you mean "digits"' in lines[0] and 'did you mean "optimizer"' in lines[2]
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(recipe: Path) -> None:
+    done = bigbatch("validate", str(recipe))
+    assert done.returncode == 0, done.stderr
+
+
+def test_plan_tells_the_arithmetic_and_writes_no_study(tmp_path: Path) -> None:
+    done = bigbatch("plan", str(RECIPES / "quickstart.yaml"), "--json", cwd=tmp_path)
+    data = json.loads(done.stdout)
+    assert data["done"] == 0 and data["offers"] == ["EDIT_WEIGHTS", "LAYER_GRADS", "OPEN_MODEL"]
+    for setting in data["settings"]:
+        assert setting["workers"] * setting["micro_batch"] * setting["accumulation"] >= setting["batch"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_accumulation_in_the_plan(tmp_path: Path) -> None:
+    sets = ("--set", "base.micro_batch=8", "--set", "grid.base.batch=[64]")
+    done = bigbatch("plan", str(RECIPES / "quickstart.yaml"), "--json", *sets, cwd=tmp_path)
+    setting = json.loads(done.stdout)["settings"][0]
+    assert (setting["workers"], setting["micro_batch"], setting["accumulation"]) == (2, 8, 4)
+
+
+@pytest.mark.parametrize(
+    "words", [("validate", "R"), ("plan", "R"), ("show", "R", "--resolved"), ("schema",), ("strategies",), ("--help",)]
+)
+def test_answers_without_torch_or_ray(words: tuple[str, ...], tmp_path: Path) -> None:
+    arguments = [str(RECIPES / "quickstart.yaml") if w == "R" else w for w in words]
+    script = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('HEAVY', *sorted({'torch', 'ray', 'wandb', 'sklearn', 'matplotlib'} & set(sys.modules))))\n"
+        f"sys.argv = ['bigbatch', *{arguments!r}]\n"
+        "from orchestrator.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].strip() == "HEAVY"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("run", "nowhere.yaml"), "nowhere.yaml"),
+        (("show", "."), "not a study directory"),
+        (("report", "."), "not a study directory"),
+        (("status", "."), "study"),
+        (("init", "--from", "quickstrat"), "quickstart"),
+    ],
+)
+def test_what_a_user_does_wrong_is_one_line(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = bigbatch(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_missing_data_is_told_before_any_worker_is_taken(tmp_path: Path) -> None:
+    done = bigbatch("run", str(RECIPES / "quickstart.yaml"), "--set", "workload.data=mnist", cwd=tmp_path)
+    assert done.returncode == 2 and "train-images-idx3-ubyte" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs" / "quickstart" / "journal.jsonl").exists()
+
+
+def test_a_batch_smaller_than_the_gang_is_refused() -> None:
+    done = bigbatch("validate", str(RECIPES / "quickstart.yaml"), "--set", "grid.base.batch=[1]")
+    assert done.returncode == 2 and "base.batch is 1, but each of 2 workers" in done.stderr
+
+
+def test_init_writes_a_recipe_that_is_valid(tmp_path: Path) -> None:
+    assert bigbatch("init", "mine.yaml", cwd=tmp_path).returncode == 0
+    assert bigbatch("validate", "mine.yaml", cwd=tmp_path).returncode == 0
+    assert bigbatch("init", "mine.yaml", cwd=tmp_path).returncode == 2
+
+
+def test_show_as_json(tmp_path: Path) -> None:
+    recipe = str(RECIPES / "smoke.yaml")
+    sets = ("--set", "cluster={launcher: solo, workers: 1}", "--set", "tracking={}")
+    assert bigbatch("run", recipe, *sets, cwd=tmp_path).returncode == 0
+    results = json.loads(bigbatch("show", "runs/smoke", "--json", cwd=tmp_path).stdout)
+    wanted = {"trial", "arm", "batch", "seed", "status", "steps", "epochs", "final", "best", "target", "seconds"}
+    assert results and all(wanted | {"examples_per_second", "workers", "device"} <= r.keys() for r in results)
+
+
+def test_your_own_network_is_found_in_the_current_folder(tmp_path: Path) -> None:
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\ndef build(inputs, classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
+    )
+    sets = ("--set", "cluster={launcher: solo, workers: 1}", "--set", "tracking={}")
+    words = ("run", str(RECIPES / "smoke.yaml"), *sets, "--set", "workload.model={import: 'mynet:build'}")
+    refused = bigbatch(*words, cwd=tmp_path)
+    assert refused.returncode == 2 and "--allow-code" in refused.stderr
+    done = bigbatch(*words, "--allow-code", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
