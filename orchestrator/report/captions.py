@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from orchestrator.report.load import Result, as_text
-from orchestrator.report.summary import Summary
+from orchestrator.report.summary import Cell, Summary
 from orchestrator.report.wording import goal, joined, metric_name, plural
-from orchestrator.statistics import ENOUGH, EXCESS
+from orchestrator.statistics import ENOUGH, EXCESS, Estimate
 
 
 def caption(name: str, summary: Summary) -> tuple[str, str]:
@@ -19,7 +21,7 @@ def caption(name: str, summary: Summary) -> tuple[str, str]:
 def _steps(summary: Summary) -> tuple[str, str]:
     assert summary.target
     return "Steps to target against batch size", (
-        f"Optimizer steps until {goal(summary.target)}: {_medians(summary)}. Dashed: perfect scaling from the smallest "
+        f"Optimizer steps until {goal(summary.target)}: {_medians(summary, lambda c: c.steps)}. Dashed: perfect scaling from the smallest "
         "batch size of each arm that reached the target, twice the batch for half the steps. "
         f"{_censored(summary)}{_resolution(summary)}"
     )
@@ -50,7 +52,10 @@ def _final(summary: Summary) -> tuple[str, str]:
     diverged = sum(c.diverged for c in summary.all_cells)
     worst = f" {diverged} diverged, which counts as the worst value there is." if diverged else ""
     stop = " Trials end when they reach the target." if _stops(summary) else ""
-    return f"Final {name} against batch size", f"{name.capitalize()} at the end of training: {_medians(summary)}.{worst}{stop}"
+    return (
+        f"Final {name} against batch size",
+        f"{name.capitalize()} at the end of training: {_medians(summary, lambda c: c.final)}.{worst}{stop}",
+    )
 
 
 def _stops(summary: Summary) -> bool:
@@ -66,7 +71,7 @@ def _time(summary: Summary) -> tuple[str, str]:
     reused = sum(t.reused for c in summary.all_cells for t in c.trials)
     left_out = f" {reused} reused trials are left out: times are not carried over." if reused else ""
     return "Time to target against batch size", (
-        f"Seconds of training until {goal(summary.target)}, without start-up, evaluation and logging: {_medians(summary)}. "
+        f"Seconds of training until {goal(summary.target)}, without start-up, evaluation and logging: {_medians(summary, lambda c: c.seconds)}. "
         f"Measured on {hardware(summary)}; other hardware gives other times.{left_out}"
     )
 
@@ -78,26 +83,33 @@ def _curves(summary: Summary) -> tuple[str, str]:
     return "Training curves", f"{name.capitalize()} against epochs, a line per seed, a panel per batch size.{dotted}"
 
 
-def _medians(summary: Summary) -> str:
+def _medians(summary: Summary, of: Callable[[Cell], Estimate | None]) -> str:
     numbers = sorted({c.steps.n for c in summary.all_cells})
     over = plural(numbers[0], "seed") if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} seeds"
     if numbers == [1]:
         return "a single seed, so no interval"
     kinds = sorted({c.steps.kind for c in summary.all_cells}, reverse=True)
     best = " of the best setting" if summary.searched else ""
-    return f"median{best} over {over}, bars show the {' or '.join(kinds)}, dots each seed"
+    open_ended = any(
+        math.isinf(e.low) or math.isinf(e.high) for c in summary.all_cells if (e := of(c)) and math.isfinite(e.median)
+    )
+    arrow = ", an arrow that a bar has no end" if open_ended else ""
+    return f"median{best} over {over}, bars show the {' or '.join(kinds)}, dots each seed{arrow}"
 
 
 def hardware(summary: Summary) -> str:
     """Workers and devices of the trials, and what the environment says of the machine."""
     used = {_workers(t) for c in summary.all_cells for t in c.trials if not t.reused}
     env = summary.study.env
-    machine = [as_text(env["cpu"])] * bool(env.get("cpu")) + [as_text(gpu) for gpu in dict.fromkeys(env.get("gpus") or [])]
+    machine = [as_text(env["cpu"])] * bool(env.get("cpu")) + [
+        as_text(gpu) for gpu in dict.fromkeys(env.get("gpus") or [])
+    ]
     return f"{'; '.join(sorted(used))}{f' ({joined(machine)})' if machine else ''}"
 
 
 def _workers(trial: Result) -> str:
-    return f"{plural(trial.workers or 1, 'worker')} with {plural(trial.threads or 1, 'thread')} each on {trial.device}"
+    workers, threads = trial.workers or 1, plural(trial.threads or 1, "thread")
+    return f"{plural(workers, 'worker')} with {threads}{' each' * (workers > 1)} on {trial.device}"
 
 
 def notes(summary: Summary) -> list[str]:

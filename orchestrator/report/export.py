@@ -22,7 +22,15 @@ FIXED: dict[str, pa.DataType] = {  # columns that are fields of a result
     **dict.fromkeys(("precision", "device"), TEXT),
     **{"parameters": INT, "reused": BOOL, "error": TEXT},
 }
-TARGET = {"metric": TEXT, "value": FLOAT, "reached": BOOL, "step": INT, "examples": INT, "epochs": FLOAT, "seconds": FLOAT}
+TARGET = {
+    "metric": TEXT,
+    "value": FLOAT,
+    "reached": BOOL,
+    "step": INT,
+    "examples": INT,
+    "epochs": FLOAT,
+    "seconds": FLOAT,
+}
 SECONDS = ("startup", "data", "train", "eval")
 
 
@@ -34,7 +42,10 @@ def table(results: Sequence[Result]) -> pa.Table:
         "examples": {
             **_metrics(results, "final", lambda r: r.final),
             **_metrics(results, "best", lambda r: r.best),
-            **{f"target_{k}": _column([getattr(r.target, k, None) for r in results], kind) for k, kind in TARGET.items()},
+            **{
+                f"target_{k}": _column([getattr(r.target, k, None) for r in results], kind)
+                for k, kind in TARGET.items()
+            },
             **_metrics(results, "seconds", lambda r: r.seconds, SECONDS),
         },
     }

@@ -51,7 +51,10 @@ def draw(summary: Summary) -> dict[str, dict[str, bytes]]:
         with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
             figure = make(summary)
             if figure:
-                drawn[name] = {"svg": _save(figure, "svg", {"Date": None}), "pdf": _save(figure, "pdf", {"CreationDate": None})}
+                drawn[name] = {
+                    "svg": _save(figure, "svg", {"Date": None}),
+                    "pdf": _save(figure, "pdf", {"CreationDate": None}),
+                }
     return drawn
 
 
@@ -77,7 +80,9 @@ def _steps(summary: Summary) -> Figure | None:
     _log_y(axes)
     extra = [Line2D([], [], color=GREY, linestyle="--", label="perfect scaling")]
     if any(cell.hits < len(cell.trials) for cell in summary.all_cells):
-        extra.append(Line2D([], [], color=GREY, marker="^", fillstyle="none", linestyle="", label="not reached by then"))
+        extra.append(
+            Line2D([], [], color=GREY, marker="^", fillstyle="none", linestyle="", label="not reached by then")
+        )
     _finish(figure, axes, summary, extra)
     return figure
 

@@ -14,7 +14,9 @@ from orchestrator.statistics import EXCESS, Estimate, paired_ratio, useful_batch
 def headlines(summary: Summary) -> list[str]:
     """What is missing, if anything; then a sentence or two per arm; then the arms compared at the largest batch size."""
     describe = _scaling if summary.target else _quality
-    arms = [describe(summary, arm, cells) if cells else f"{arm}: all trials failed." for arm, cells in summary.cells.items()]
+    arms = [
+        describe(summary, arm, cells) if cells else f"{arm}: all trials failed." for arm, cells in summary.cells.items()
+    ]
     return notices(summary) + arms + _comparison(summary)
 
 
@@ -151,7 +153,9 @@ def _steps_compared(best: Cell, second: Cell) -> str:
     medians = f"{best.arm} takes {count(best.steps.median)} steps and {second.arm} {count(second.steps.median)}"
     if not ratio or ratio.n == 1:
         return f"{medians}."
-    return f"{medians}; paired by seed, the ratio is {factor(ratio.median)} ({spread(ratio, factor)} over {ratio.n} pairs)."
+    missed = "" if 0 < ratio.low and ratio.high < math.inf else ", a miss counted as infinitely many steps"
+    interval = f"{spread(ratio, factor)} over {ratio.n} pairs{missed}"
+    return f"{medians}; paired by seed, the ratio is {factor(ratio.median)} ({interval})."
 
 
 def _paired(a: Cell, b: Cell) -> Estimate | None:

@@ -67,9 +67,9 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         for key, item in value.items():
             yield from flat(item, f"{name}.{as_text(key)}" if name else as_text(key))
     elif isinstance(value, list):
-        yield name, ", ".join(map(as_text, value))
+        yield name, ", ".join(map(as_text, value)) or "none"
     else:
-        yield name, "" if value is None else as_text(value)
+        yield name, "none" if value is None else as_text(value)
 
 
 def html(page: Page) -> str:

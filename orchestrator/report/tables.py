@@ -97,7 +97,12 @@ def trials_table(summary: Summary) -> Table:
 def _trial_row(result: Result, paths: list[str], metric: str | None) -> dict[str, Any]:
     row: dict[str, Any] = {"trial": result.trial, "arm": result.arm, "batch": result.batch}
     row |= {path: as_text(result.point[path]) if path in result.point else None for path in paths}
-    row |= {"seed": result.seed, "status": result.status, "steps": result.steps, "epochs": _number(result.epochs, count)}
+    row |= {
+        "seed": result.seed,
+        "status": result.status,
+        "steps": result.steps,
+        "epochs": _number(result.epochs, count),
+    }
     if metric:
         name = metric_name(metric)
         row |= {f"final {name}": _metric(metric, result.final), f"best {name}": _metric(metric, result.best)}

@@ -23,8 +23,8 @@ def figures3(value: float) -> str:
 
 def factor(value: float) -> str:
     """A ratio: `0.62`, `7.8`, `45`."""
-    if math.isinf(value):
-        return "infinite"
+    if math.isinf(value) or value == 0:
+        return "infinite" if value else "0"
     return f"{value:.2f}" if value < 1 else f"{value:.1f}".removesuffix(".0") if value < 10 else f"{value:.0f}"
 
 

@@ -23,7 +23,9 @@ ENV = {
 
 
 class MadeStudy:
-    def __init__(self, path: Path, name: str = "quickstart", target: tuple[str, float] | None = ("test_accuracy", 0.95)):
+    def __init__(
+        self, path: Path, name: str = "quickstart", target: tuple[str, float] | None = ("test_accuracy", 0.95)
+    ):
         self.path, self.target = path, target
         self.ids: list[str] = []
         self.arms: dict[str, Any] = {}
@@ -37,7 +39,9 @@ class MadeStudy:
         trial = f"{len(self.ids):012x}"
         self.ids.append(trial)
         self.arms.setdefault(arm, {})
-        (self.path / "resolved.yaml").write_text(yaml.safe_dump({"study": self.name, "arms": self.arms}, sort_keys=False))
+        (self.path / "resolved.yaml").write_text(
+            yaml.safe_dump({"study": self.name, "arms": self.arms}, sort_keys=False)
+        )
         folder = self.path / "trials" / trial
         folder.mkdir()
         self._write(folder, {**self._result(trial, arm, batch, seed, reached), **changes})
@@ -56,7 +60,12 @@ class MadeStudy:
         final = {"test_accuracy": 0.97 - 0.00002 * batch + 0.002 * seed, "test_loss": 0.1, "train_loss": 0.05}
         hit = math.isfinite(reached)
         at = int(reached) if hit else 0
-        found = {"step": at, "examples": at * batch, "epochs": at * batch / EXAMPLES, "seconds": at * (0.002 + batch * 1e-5)}
+        found = {
+            "step": at,
+            "examples": at * batch,
+            "epochs": at * batch / EXAMPLES,
+            "seconds": at * (0.002 + batch * 1e-5),
+        }
         target = {"metric": self.target[0], "value": self.target[1], "reached": hit} if self.target else None
         return {
             "trial": trial,
@@ -89,7 +98,13 @@ class MadeStudy:
         rows = []
         for half in range(1, 41):
             epoch, step = half / 2, math.ceil(half / 2 * EXAMPLES / result["batch"])
-            row = {"step": step, "phase": 0, "epoch": epoch, "seconds": step * 0.003, "train_loss": 2.3 * math.exp(-epoch / 4)}
+            row = {
+                "step": step,
+                "phase": 0,
+                "epoch": epoch,
+                "seconds": step * 0.003,
+                "train_loss": 2.3 * math.exp(-epoch / 4),
+            }
             for metric, value in result["final"].items():
                 if metric == "test_accuracy" and value is not None:
                     row[metric] = value - 0.85 * math.exp(-epoch * len(result["arm"]) / 9) + noise.gauss(0, 0.004)

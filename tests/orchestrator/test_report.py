@@ -41,13 +41,13 @@ def study(tmp_path_factory) -> tuple[Path, list[str]]:
 
 def test_headlines_of_a_whole_study(study):
     assert study[1] == [
-        "sgd reaches test accuracy 0.95 in 310 steps at batch 32 and in 16 at batch 1437 (19 x fewer steps for 45 x "
-        "the batch; medians of 3 seeds, ranges 294-341 and 15-18); scaling stays within 20 % of perfect up to batch 128.",
-        "adamw reaches test accuracy 0.95 in 290 steps at batch 32 and in 40 at batch 512 (7.2 x fewer steps for 16 x "
-        "the batch; medians of 3 seeds, ranges 276-319 and 38-44); scaling stays within 20 % of perfect up to batch 128. adamw missed the "
-        "target in 2 of 3 seeds at batch 1437 within its budget of 20 epochs.",
-        "At batch 1437, only sgd reaches the target in the median (hits: sgd 3 of 3 and adamw 1 of 3). Their ranges overlap, so "
-        "neither is called faster.",
+        "sgd reaches test accuracy 0.95 in 310 steps at batch 32 and in 16 at batch 1437 (19 x fewer steps for 45 x the "
+        "batch; medians of 3 seeds, ranges 294-341 and 15-18); scaling stays within 20 % of perfect up to batch 128.",
+        "adamw reaches test accuracy 0.95 in 290 steps at batch 32 and in 40 at batch 512 (7.2 x fewer steps for 16 x the "
+        "batch; medians of 3 seeds, ranges 276-319 and 38-44); scaling stays within 20 % of perfect up to batch 128. adamw "
+        "missed the target in 2 of 3 seeds at batch 1437 within its budget of 20 epochs.",
+        "At batch 1437, only sgd reaches the target in the median (hits: sgd 3 of 3 and adamw 1 of 3). Their ranges overlap, "
+        "so neither is called faster.",
     ]
 
 
@@ -95,8 +95,12 @@ def test_csv_and_parquet_say_the_same_and_what_the_trials_said(study):
         assert list(row) == list(line)
         for name, value in row.items():
             text = line[name]
-            assert (text == "") if value is None else (text == str(value).lower()) if isinstance(value, bool) else (
-                text == value if isinstance(value, str) else float(text) == value
+            assert (
+                (text == "")
+                if value is None
+                else (text == str(value).lower())
+                if isinstance(value, bool)
+                else (text == value if isinstance(value, str) else float(text) == value)
             )
         result = json.loads((path / "trials" / row["trial"] / "result.json").read_text())
         assert row["target_step"] == result["target"]["step"]
@@ -163,7 +167,9 @@ def test_a_single_seed_claims_nothing(tmp_path):
     made.add("lars", 64, 0, 100)
     headlines = build(made.path)
     assert "(2 x fewer steps for 2 x the batch; 1 seed, so no interval)" in headlines[0]
-    assert headlines[-1] == "At batch 64, lars takes 100 steps and sgd 150. With a single seed, neither is called faster."
+    assert (
+        headlines[-1] == "At batch 64, lars takes 100 steps and sgd 150. With a single seed, neither is called faster."
+    )
 
 
 def test_one_arm_has_no_comparison(tmp_path):
@@ -178,7 +184,9 @@ def test_one_batch_size(tmp_path):
     made = MadeStudy(tmp_path / "s")
     for seed in range(3):
         made.add("sgd", 64, seed, 100 + seed)
-    assert build(made.path) == ["sgd reaches test accuracy 0.95 in 101 steps at batch 64 (median of 3 seeds, range 100-102)."]
+    assert build(made.path) == [
+        "sgd reaches test accuracy 0.95 in 101 steps at batch 64 (median of 3 seeds, range 100-102)."
+    ]
     assert figures(made.path) == FIGURES
 
 
@@ -216,7 +224,9 @@ def test_losses_only(tmp_path):
     for batch, steps in {1: 900, 8: 120}.items():
         made.add("sgd", batch, 0, steps, final={"train_loss": 0.012345}, best={"train_loss": 0.012345})
     (headline,) = build(made.path)
-    assert headline.startswith("sgd reaches train loss 0.1 in 900 steps at batch 1 and in 120 at batch 8 (7.5 x fewer steps")
+    assert headline.startswith(
+        "sgd reaches train loss 0.1 in 900 steps at batch 1 and in 120 at batch 8 (7.5 x fewer steps"
+    )
     assert figures(made.path) == FIGURES
     assert "final train loss" in (made.path / "report.md").read_text()
 
@@ -306,7 +316,9 @@ def test_times_of_reused_trials_are_left_out(tmp_path):
     assert "Example CPU 2.0 GHz" in text and "2 workers with 1 thread each on cpu" in text
 
 
-@pytest.mark.parametrize("content, expected", [("{", "not JSON"), ("[]", "dict"), ('{"trial": "t", "arm": "a"}', "batch")])
+@pytest.mark.parametrize(
+    "content, expected", [("{", "not JSON"), ("[]", "dict"), ('{"trial": "t", "arm": "a"}', "batch")]
+)
 def test_a_damaged_result_is_named(tmp_path, content, expected):
     made = MadeStudy(tmp_path / "s")
     trial = made.add("sgd", 32, 0, 100)

@@ -25,7 +25,15 @@ INF = math.inf
 
 @pytest.mark.parametrize(
     "values, expected",
-    [([3, 5, INF], 5), ([3, INF, INF], INF), ([3, 5], 4), ([3, INF], INF), ([INF, INF], INF), ([7], 7), ([INF, 5, 3], 5)],
+    [
+        ([3, 5, INF], 5),
+        ([3, INF, INF], INF),
+        ([3, 5], 4),
+        ([3, INF], INF),
+        ([INF, INF], INF),
+        ([7], 7),
+        ([INF, 5, 3], 5),
+    ],
 )
 def test_a_miss_counts_as_infinite_in_a_median(values, expected):
     assert median(values) == expected
@@ -89,7 +97,13 @@ def test_slopes_of_power_laws():
 
 @pytest.mark.parametrize(
     "slope, name",
-    [(1.0, "perfect"), (0.91, "perfect"), (0.9, "diminishing"), (0.1, "diminishing"), (0.09, "maximal data parallelism")],
+    [
+        (1.0, "perfect"),
+        (0.91, "perfect"),
+        (0.9, "diminishing"),
+        (0.1, "diminishing"),
+        (0.09, "maximal data parallelism"),
+    ],
 )
 def test_regimes(slope, name):
     assert regime(slope) == name
