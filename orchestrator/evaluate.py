@@ -14,9 +14,7 @@ CHUNK = {"cpu": 256, "cuda": 4096}  # examples per forward pass: small enough fo
 
 
 @torch.no_grad()
-def evaluate(
-    phase: Phase, net: Net, state: State, dataset: Any, worker: Worker, chunk: int = CHUNK
-) -> dict[str, float]:
+def evaluate(phase: Phase, net: Net, state: State, dataset: Any, worker: Worker) -> dict[str, float]:
     """Means over the whole test set, alike on every rank."""
     begin, end = share(0, dataset.test_examples, worker.rank, worker.size)
     sums: dict[str, torch.Tensor] = {}
