@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.report.load import Result, as_text
-from orchestrator.report.summary import Cell, Summary
+from orchestrator.report.summary import Summary
 from orchestrator.report.wording import goal, joined, metric_name, plural
 from orchestrator.statistics import ENOUGH, EXCESS, Estimate
 
@@ -20,9 +20,10 @@ def caption(name: str, summary: Summary) -> tuple[str, str]:
 
 def _steps(summary: Summary) -> tuple[str, str]:
     assert summary.target
+    medians = _medians(summary, [c.steps for c in summary.all_cells])
     return "Steps to target against batch size", (
-        f"Optimizer steps until {goal(summary.target)}: {_medians(summary, lambda c: c.steps)}. Dashed: perfect scaling from the smallest "
-        "batch size of each arm that reached the target, twice the batch for half the steps. "
+        f"Optimizer steps until {goal(summary.target)}: {medians}. Dashed: perfect scaling from the smallest batch size of "
+        "each arm that reached the target, twice the batch for half the steps. "
         f"{_censored(summary)}{_resolution(summary)}"
     )
 
@@ -52,10 +53,8 @@ def _final(summary: Summary) -> tuple[str, str]:
     diverged = sum(c.diverged for c in summary.all_cells)
     worst = f" {diverged} diverged, which counts as the worst value there is." if diverged else ""
     stop = " Trials end when they reach the target." if _stops(summary) else ""
-    return (
-        f"Final {name} against batch size",
-        f"{name.capitalize()} at the end of training: {_medians(summary, lambda c: c.final)}.{worst}{stop}",
-    )
+    medians = _medians(summary, [c.final for c in summary.all_cells if c.final])
+    return f"Final {name} against batch size", f"{name.capitalize()} at the end of training: {medians}.{worst}{stop}"
 
 
 def _stops(summary: Summary) -> bool:
@@ -70,8 +69,9 @@ def _time(summary: Summary) -> tuple[str, str]:
     assert summary.target
     reused = sum(t.reused for c in summary.all_cells for t in c.trials)
     left_out = f" {reused} reused trials are left out: times are not carried over." if reused else ""
+    medians = _medians(summary, [c.seconds for c in summary.all_cells if c.seconds])
     return "Time to target against batch size", (
-        f"Seconds of training until {goal(summary.target)}, without start-up, evaluation and logging: {_medians(summary, lambda c: c.seconds)}. "
+        f"Seconds of training until {goal(summary.target)}, without start-up, evaluation and logging: {medians}. "
         f"Measured on {hardware(summary)}; other hardware gives other times.{left_out}"
     )
 
@@ -83,16 +83,15 @@ def _curves(summary: Summary) -> tuple[str, str]:
     return "Training curves", f"{name.capitalize()} against epochs, a line per seed, a panel per batch size.{dotted}"
 
 
-def _medians(summary: Summary, of: Callable[[Cell], Estimate | None]) -> str:
-    numbers = sorted({c.steps.n for c in summary.all_cells})
+def _medians(summary: Summary, estimates: Sequence[Estimate]) -> str:
+    """What lines, bars and dots are."""
+    numbers = sorted({e.n for e in estimates})
     over = plural(numbers[0], "seed") if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]} seeds"
     if numbers == [1]:
         return "a single seed, so no interval"
-    kinds = sorted({c.steps.kind for c in summary.all_cells}, reverse=True)
+    kinds = sorted({e.kind for e in estimates}, reverse=True)
     best = " of the best setting" if summary.searched else ""
-    open_ended = any(
-        math.isinf(e.low) or math.isinf(e.high) for c in summary.all_cells if (e := of(c)) and math.isfinite(e.median)
-    )
+    open_ended = any(math.isinf(e.low) or math.isinf(e.high) for e in estimates if math.isfinite(e.median))
     arrow = ", an arrow that a bar has no end" if open_ended else ""
     return f"median{best} over {over}, bars show the {' or '.join(kinds)}, dots each seed{arrow}"
 

@@ -180,7 +180,9 @@ def _finish(figure: Figure, axes: Axes, summary: Summary, extra: Sequence[Line2D
 def _legend(figure: Figure, arms: Mapping[str, Any], extra: Sequence[Line2D] = ()) -> None:
     own = [Line2D([], [], color=_colour(i), marker=_marker(i), label=short(arm)) for i, arm in enumerate(arms)]
     handles = [*own, *extra]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = max(1, 76 // (longest + 7))  # characters that fit, and what a marker takes of them
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
 
 
 def short(name: str, length: int = 24) -> str:

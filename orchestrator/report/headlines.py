@@ -153,7 +153,7 @@ def _steps_compared(best: Cell, second: Cell) -> str:
     medians = f"{best.arm} takes {count(best.steps.median)} steps and {second.arm} {count(second.steps.median)}"
     if not ratio or ratio.n == 1:
         return f"{medians}."
-    missed = "" if 0 < ratio.low and ratio.high < math.inf else ", a miss counted as infinitely many steps"
+    missed = "" if ratio.low > 0 and ratio.high < math.inf else ", a miss counted as infinitely many steps"
     interval = f"{spread(ratio, factor)} over {ratio.n} pairs{missed}"
     return f"{medians}; paired by seed, the ratio is {factor(ratio.median)} ({interval})."
 

@@ -96,7 +96,7 @@ def trials_table(summary: Summary) -> Table:
 
 def _trial_row(result: Result, paths: list[str], metric: str | None) -> dict[str, Any]:
     row: dict[str, Any] = {"trial": result.trial, "arm": result.arm, "batch": result.batch}
-    row |= {path: as_text(result.point[path]) if path in result.point else None for path in paths}
+    row |= {path.removeprefix("base."): as_text(result.point[path]) if path in result.point else None for path in paths}
     row |= {
         "seed": result.seed,
         "status": result.status,
