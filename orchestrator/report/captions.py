@@ -32,9 +32,11 @@ def _censored(summary: Summary) -> str:
     missed = sum(len(c.trials) - c.hits for c in summary.all_cells)
     if not missed:
         return "All trials reached the target."
+    number = sum(c.diverged for c in summary.all_cells)
+    diverged = f"; {number} of them diverged there" if number else ""
     return (
         f"Open triangles: {plural(missed, 'trial')} that did not reach the target, at the last step run (censored: "
-        "reaching it takes more steps than that, if it can be reached)."
+        f"reaching it takes more steps than that, if it can be reached){diverged}."
     )
 
 

@@ -258,6 +258,7 @@ def test_diverged_trials_count_as_misses_and_failed_ones_not_at_all(tmp_path):
     missed = "sgd missed the target in 2 of 3 seeds at batch 64 within its budget of 20 epochs; 2 of 3 diverged."
     assert headlines[1].endswith(missed)
     assert headlines[2] == "lars: all trials failed."
+    assert "; 2 of them diverged there." in (made.path / "report.md").read_text()
     for name in ("report.html", "report.md", "results.csv"):
         text = (made.path / name).read_text()
         assert "ValueError" in text and "news" in text
