@@ -1,0 +1,89 @@
+"""Schedules: end points, warm-up per iteration, and the algebra of the scaling rules."""
+
+from __future__ import annotations
+
+from math import inf, isclose
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from strategies.contract import Clock, PlanError
+from strategies.rate import Constant, Cosine, Polynomial, Rate, Steps, scaled
+
+
+def clock(step: int, steps: int = 100, per_step: float = 0.1) -> Clock:
+    return Clock(step, steps, step * per_step, per_step, 32, 0)
+
+
+def test_constant() -> None:
+    assert [Rate(0.3)(clock(t)) for t in (0, 50, 99)] == [0.3, 0.3, 0.3]
+
+
+def test_warmup_rises_per_iteration_to_the_peak() -> None:
+    """Two epochs of 10 steps: the rate rises by equal amounts and the peak is reached when the warm-up ends."""
+    rates = [Rate(1.0, warmup=2.0)(clock(t)) for t in range(22)]
+    assert rates[0] > 0 and rates[20] == rates[21] == 1.0
+    rises = [b - a for a, b in zip(rates, rates[1:21], strict=False)]
+    assert all(isclose(rise, 1 / 21, abs_tol=1e-12) for rise in rises)
+
+
+def test_warmup_from_the_unscaled_rate() -> None:
+    """Goyal et al. 2017: from eta to kappa eta; with kappa = 8 the start is an eighth of the peak."""
+    rate = Rate(0.8, warmup=2.0, start=1 / 8)
+    assert 0.1 < rate(clock(0)) < 0.1 + 0.8 / 20
+    assert rate(clock(20)) == 0.8
+
+
+@pytest.mark.parametrize("decay", [Cosine(), Polynomial(), Polynomial(2.0), Polynomial(2.0, 0.1)])
+@pytest.mark.parametrize("warmup", [0.0, 2.0])
+def test_decays_end_where_they_should(decay: Cosine | Polynomial, warmup: float) -> None:
+    rate = Rate(2.0, warmup=warmup, decay=decay)
+    first = int(warmup * 10)
+    assert isclose(rate(clock(first)), 2.0)
+    assert isclose(rate(clock(100)), 2.0 * getattr(decay, "end", 0.0), abs_tol=1e-12)
+    rates = [rate(clock(t)) for t in range(first, 101)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_cosine_and_polynomial_half_way() -> None:
+    assert isclose(Rate(1.0, decay=Cosine())(clock(50)), 0.5)
+    assert isclose(Rate(1.0, decay=Polynomial(2.0))(clock(50)), 0.25)
+    assert isclose(Rate(1.0, decay=Polynomial(1.0, 0.2))(clock(50)), 0.6)
+
+
+def test_steps() -> None:
+    rate = Rate(1.0, decay=Steps((0.5, 0.75), 0.1))
+    assert [round(rate(clock(t)), 6) for t in (0, 49, 50, 74, 75, 99)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
+
+
+rules = st.sampled_from(["none", "linear", "sqrt"])
+batches = st.integers(1, 10**6)
+
+
+@given(rules, batches, batches, batches)
+def test_scaling_twice_is_scaling_once(rule: str, per: int, middle: int, batch: int) -> None:
+    twice = scaled(scaled(0.1, middle, per, rule), batch, middle, rule)
+    assert isclose(twice, scaled(0.1, batch, per, rule), rel_tol=1e-12)
+
+
+@given(rules, batches)
+def test_the_stated_batch_leaves_the_peak(rule: str, batch: int) -> None:
+    assert scaled(0.1, batch, batch, rule) == 0.1
+
+
+def test_rules_by_hand() -> None:
+    assert scaled(0.1, 8192, 256, "linear") == pytest.approx(3.2, abs=1e-15)
+    assert scaled(0.1, 1024, 256, "sqrt") == pytest.approx(0.2, abs=1e-15)
+    assert scaled(0.1, 1024, 256, "none") == 0.1
+    with pytest.raises(PlanError, match="unknown scaling rule 'cubic'"):
+        scaled(0.1, 1, 1, "cubic")
+
+
+def test_a_run_that_is_all_warmup_stays_finite() -> None:
+    rate = Rate(1.0, warmup=10.0, decay=Cosine())
+    assert all(0 <= rate(clock(t)) < inf for t in range(101))
+
+
+def test_constant_is_one() -> None:
+    assert Constant()(0.7) == 1.0
