@@ -41,6 +41,7 @@ def say(text: str) -> None:
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Turns what a user can cause into one clear line and an exit code."""
+    from orchestrator.files import Damaged
     from orchestrator.recipe import RecipeError
     from orchestrator.store import Busy
     from orchestrator.study import Changed
@@ -49,7 +50,7 @@ def plain_errors() -> Iterator[None]:
 
     try:
         yield
-    except (RecipeError, DataError, PlanError) as error:
+    except (RecipeError, DataError, PlanError, Damaged) as error:
         say(str(error))
         raise typer.Exit(USAGE) from None
     except Changed as error:
@@ -189,9 +190,10 @@ def report(study: Annotated[Path, typer.Argument(metavar="STUDY", help="a study 
     if not (study / "trials").is_dir():
         say(f"{study}: not a study directory (no trials/)")
         raise typer.Exit(USAGE)
-    for line in build(study):
-        say(line)
-    print(study / "report.html")
+    with plain_errors():
+        for line in build(study):
+            say(line)
+        print(study / "report.html")
 
 
 @app.command()

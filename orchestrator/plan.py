@@ -88,8 +88,9 @@ def _names(needs: Need) -> list[str]:
 def as_text(data: dict[str, Any]) -> str:
     """The plan for people: one line per setting."""
     source = data["data"]
+    left = data["trials"] - data["done"]
     lines = [
-        f"study {data['study']}: {data['trials']} trials, {data['done']} done, {data['trials'] - data['done']} to run, in {data['directory']}",
+        f"study {data['study']}: {data['trials']} trials, {data['done']} done, {left} to run, in {data['directory']}",
         f"data {source['name']}: {source['examples']} training examples, fingerprint {source['fingerprint']}",
         f"engine {data['engine']} on {data['workers']} workers in {data['precision']}; it offers {', '.join(data['offers'])}",
         "",

@@ -69,7 +69,8 @@ def test_answers_without_torch_or_ray(words: tuple[str, ...], tmp_path: Path) ->
     arguments = [str(RECIPES / "quickstart.yaml") if w == "R" else w for w in words]
     script = (
         "import sys, atexit\n"
-        "atexit.register(lambda: print('HEAVY', *sorted({'torch', 'ray', 'wandb', 'sklearn', 'matplotlib'} & set(sys.modules))))\n"
+        "heavy = {'torch', 'ray', 'wandb', 'sklearn', 'matplotlib'}\n"
+        "atexit.register(lambda: print('HEAVY', *sorted(heavy & set(sys.modules))))\n"
         f"sys.argv = ['bigbatch', *{arguments!r}]\n"
         "from orchestrator.__main__ import main\n"
         "main()\n"

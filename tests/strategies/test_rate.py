@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from math import inf, isclose
 
 import pytest
@@ -24,7 +25,7 @@ def test_warmup_rises_per_iteration_to_the_peak() -> None:
     """Two epochs of 10 steps: the rate rises by equal amounts and the peak is reached when the warm-up ends."""
     rates = [Rate(1.0, warmup=2.0)(clock(t)) for t in range(22)]
     assert rates[0] > 0 and rates[20] == rates[21] == 1.0
-    rises = [b - a for a, b in zip(rates, rates[1:21], strict=False)]
+    rises = [b - a for a, b in itertools.pairwise(rates[:21])]
     assert all(isclose(rise, 1 / 21, abs_tol=1e-12) for rise in rises)
 
 
