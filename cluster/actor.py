@@ -42,8 +42,11 @@ class Rank:
         from torch.distributed import TCPStore
 
         address = ray.util.get_node_ip_address()
-        self.store = TCPStore(address, 0, self.size, True, timedelta(seconds=timeout), wait_for_workers=False)
-        return address, self.store.port
+        listener = socket.create_server((address, 0))  # on this address only: by itself, TCPStore listens on all
+        port, limit = listener.getsockname()[1], timedelta(seconds=timeout)
+        serve: dict[str, Any] = {"wait_for_workers": False, "master_listen_fd": listener.detach()}
+        self.store = TCPStore(address, port, self.size, True, limit, **serve)
+        return address, port
 
     def join(self, address: tuple[str, int], timeout: float) -> Done | Failed:
         """Enter the process group; collectives fail after `timeout` seconds. -> Done(Seat)."""

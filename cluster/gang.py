@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from cluster.actor import Rank, Seat
-from cluster.session import capacity, connect, disconnect, ray
+from cluster.session import capacity, connect, disconnect, gpus_each, ray
 from cluster.tasks import Done, Failed, Lost, Outcome, Task, failure
 
 __all__ = ["RayGang", "capacity", "connect", "disconnect"]
@@ -28,11 +28,13 @@ remote: Any = ray.remote  # its type hints leave out concurrency groups
 class RayGang:
     """`size` actors, packed as closely as the cluster allows. See `cluster.tasks.Gang`.
 
+    `gpus`: per worker; by default 1 where the cluster has enough of them.
     `timeout`: seconds after which a rank without a sign of life is lost, and after which a collective fails.
     """
 
-    def __init__(self, size: int, threads: int = 1, gpus: int = 0, timeout: float = 300, name: str = "gang"):
+    def __init__(self, size: int, threads: int = 1, gpus: int | None = None, timeout: float = 300, name: str = "gang"):
         self.size, self.name, self.timeout = size, name, timeout
+        gpus = gpus_each(size) if gpus is None else gpus
         self.began = time.monotonic()
         self.startup_seconds: float | None = None  # from here to a joined process group
         self.seats: dict[int, Seat] = {}

@@ -5,24 +5,31 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
+import socket
+import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cluster.tasks import CapacityError, ClusterError
 
 OBJECT_STORE = 100 * 2**20  # bytes; tasks and results are small
+KNOCK_LIMIT = 5.0  # seconds
 
 
 def guard() -> None:
-    """A token of our own for the cluster that we may start. Ray reads these variables when it is imported; left unset,
-    it would write a token to the home directory that other clusters of the user would then ask for."""
+    """Set what Ray reads from the environment when it is imported. Without a token of our own, the cluster that we may
+    start would write one to the home directory, and other clusters of the user would then ask for it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "."  # else it prints its own remarks to stdout, log_to_driver or not
     if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # one machine: listen on loopback only, on Linux too
 
 
 guard()
@@ -31,7 +38,7 @@ try:
 except ModuleNotFoundError:
     raise ClusterError('several workers need Ray: pip install "bigbatch[ray]", or set launcher: solo') from None
 
-own_directory: str | None = None  # of the private cluster
+reaper: subprocess.Popen[bytes] | None = None  # of the private cluster
 
 
 def connect(cpus: int = 1) -> None:
@@ -40,44 +47,70 @@ def connect(cpus: int = 1) -> None:
     Call it on the main thread: the private cluster ends with the thread that started it. Raises ClusterError.
     """
     address = os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        where = {"address": address} if address else private(cpus)
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **where)
-    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
+        if address:
+            knock(address)
+            ray.init(address=address, **quiet)
+        else:
+            start(cpus, quiet)
+    except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
         disconnect()
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {line}") from None
 
 
-def private(cpus: int) -> dict[str, Any]:
-    """Settings of a cluster for this process alone: loopback, no dashboard, a directory of its own."""
-    global own_directory
-    own_directory = tempfile.mkdtemp(prefix="bigbatch-ray-", dir="/tmp")  # short: it holds unix sockets
-    settings = {"address": "local", "num_cpus": max(os.cpu_count() or 1, cpus), "include_dashboard": False}
-    return settings | {
-        "object_store_memory": OBJECT_STORE,
-        "_node_ip_address": "127.0.0.1",
-        "_temp_dir": own_directory,
-    }
+def knock(address: str) -> None:
+    """Raises OSError if nobody listens at host:port: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host:
+        socket.create_connection((host, int(port)), timeout=KNOCK_LIMIT).close()
+
+
+def start(cpus: int, quiet: dict[str, Any]) -> None:
+    """A cluster for this process alone: loopback, no dashboard, a directory of its own, gone when this process is."""
+    global reaper
+    directory = tempfile.mkdtemp(prefix="bigbatch-ray-", dir="/tmp")  # short: it holds unix sockets
+    before = set(psutil.Process().children())
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, cpus),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE,
+            _temp_dir=directory,
+            **quiet,
+        )
+    finally:
+        own = [child for child in psutil.Process().children() if child not in before]
+        pids = [str(p.pid) for child in own for p in (child, *child.children(recursive=True))]
+        command = [sys.executable, "-P", str(Path(__file__).with_name("reaper.py")), directory, *pids]
+        reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
 def disconnect() -> None:
     """Leave the cluster; end it if it is ours."""
-    global own_directory
+    global reaper
     ray.shutdown()
-    if own_directory:
-        shutil.rmtree(own_directory, ignore_errors=True)
-        own_directory = None
+    if reaper:
+        reaper.communicate()
+        reaper = None
 
 
-def capacity(workers: int, threads: int = 1, gpus: int = 0) -> int:
+def gpus_each(workers: int) -> int:
+    """GPUs that each worker of a gang gets unless told otherwise: 1 where the cluster has enough of them, else 0."""
+    return int(ray.cluster_resources().get("GPU", 0) >= workers)
+
+
+def capacity(workers: int, threads: int = 1, gpus: int | None = None) -> int:
     """How many gangs the whole cluster holds side by side. Raises CapacityError if not even one."""
+    gpus = gpus_each(workers) if gpus is None else gpus
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gangs = sum(room(node, threads, gpus) for node in nodes) // workers
     if not gangs:
-        have = [f"{sum(node.get(kind, 0) for node in nodes):g} {kind}s" for kind in ("CPU", "GPU")[: 1 + bool(gpus)]]
-        each = f"{threads} CPUs" + (f" + {gpus} GPUs" if gpus else "")
-        raise CapacityError(f"no room for {workers} workers x {each}: {len(nodes)} nodes have {', '.join(have)} in all")
+        have = ", ".join(f"{sum(node.get(kind, 0) for node in nodes):g} {kind}s" for kind in ("CPU", "GPU"))
+        each = f"({threads} CPUs, {gpus} GPUs)"
+        raise CapacityError(f"no room for {workers} workers x {each}: {len(nodes)} nodes have {have} in all")
     return gangs
 
 

@@ -4,6 +4,7 @@ all-reduce where a strategy needs the model unwrapped."""
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -32,12 +33,16 @@ class DdpWorker(ProcessWorker):
     def prepare(self, net: Net, optimizer: Optimizer, open_model: bool) -> nn.Module:
         if open_model or self.size == 1 or not any(p.requires_grad for p in net.parameters()):
             return net
-        return DistributedDataParallel(
-            net,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # running statistics are each worker's own, as in the open model
-            find_unused_parameters=self.find_unused_parameters,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # on the newer name of broadcast_buffers, unknown to torch 2.6
+            return DistributedDataParallel(
+                net,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,  # running statistics are each worker's own, as in the open model
+                find_unused_parameters=self.find_unused_parameters,
+            )
 
     def micro(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         return synchronised(model, last) if isinstance(model, DistributedDataParallel) else nullcontext()

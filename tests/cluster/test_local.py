@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +64,9 @@ def test_ctrl_c_passes_through() -> None:
         LocalGang().start(Task(interrupt, None))
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **env})
 
 
 def test_neither_ray_nor_torch_is_imported_before_it_is_needed() -> None:
@@ -75,3 +78,12 @@ def test_neither_ray_nor_torch_is_imported_before_it_is_needed() -> None:
 def test_without_ray_the_error_names_the_extra() -> None:
     done = python("import sys; sys.modules['ray'] = None; import cluster.gang")
     assert done.stderr.strip().endswith('pip install "bigbatch[ray]", or set launcher: solo')
+
+
+@pytest.mark.parametrize("address, words", [("127.0.0.1:1", "Connection refused"), ("127.0.0.1:x", "invalid literal")])
+def test_a_wrong_ray_address_is_told_at_once(address: str, words: str) -> None:
+    began = time.monotonic()
+    done = python("from cluster.gang import connect; connect(2)", RAY_ADDRESS=address)
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"cluster.tasks.ClusterError: no Ray cluster at {address}: ") and words in last
+    assert time.monotonic() - began < 10
