@@ -13,7 +13,6 @@ from typing import Any
 
 from orchestrator.compose import compose
 from orchestrator.files import read_lines
-from orchestrator.phases import PhaseStore
 from orchestrator.results import outcome
 from orchestrator.trial import Trial
 from strategies.contract import Worker
@@ -80,6 +79,7 @@ def failure(trial: Trial, error: str) -> dict[str, Any]:
 def _job(worker: Worker, assignment: Assignment) -> Any:
     import torch
 
+    from orchestrator.phases import PhaseStore
     from orchestrator.trainer import Job
     from orchestrator.workloads import open_dataset
 
