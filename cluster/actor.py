@@ -51,6 +51,7 @@ class Rank:
     def join(self, address: tuple[str, int], timeout: float) -> Done | Failed:
         """Enter the process group; collectives fail after `timeout` seconds. -> Done(Seat)."""
         self.joined = attempt(self.rank, lambda: self._join(address, timeout))
+        gc.freeze()  # what is loaded by now stays: collections between tasks need not visit it
         return self.joined
 
     def _join(self, address: tuple[str, int], timeout: float) -> Seat:
@@ -93,7 +94,7 @@ class Rank:
         gc.collect()
         self.tasks += 1
         if self.tasks == 1:
-            gc.freeze()  # modules are loaded by now: later collections need not visit them
+            gc.freeze()  # and so do the modules that a first task loads
 
     def ping(self) -> None:
         """Answered while a task runs, unless the process is stopped."""
