@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import socket
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from types import FrameType
 from typing import Any
 
 from cluster.controller import Action, Life, State, advance
@@ -24,15 +20,12 @@ from orchestrator.launch import Launcher
 from orchestrator.plan import check_plans
 from orchestrator.progress import Progress
 from orchestrator.run_trial import Assignment, failure, run_trial
+from orchestrator.signals import Signals, Stopped
 from orchestrator.study import Study
 from orchestrator.trial import Trial
 
-OK, INTERNAL, USAGE, SOME_FAILED, TERMINATED, CTRL_C = 0, 1, 2, 3, 75, 130
+OK, USAGE, SOME_FAILED = 0, 2, 3  # exit codes; those of signals are in signals.py
 TICK = 0.5  # seconds between two looks at the running trials
-
-
-class Terminated(BaseException):
-    """SIGTERM: end now, the same command goes on later."""
 
 
 def drive(study: Study, wait: bool = False, fresh: bool = False, fail_fast: bool = False) -> int:
@@ -42,25 +35,11 @@ def drive(study: Study, wait: bool = False, fresh: bool = False, fail_fast: bool
     if fresh:
         with study.store.lock(wait):
             study.set_aside()
-    with study.store.lock(wait), terminable():
+    with study.store.lock(wait):
         study.check_unchanged()
         study.write_recipe()
         study.adopt()
         return Driver(study, fail_fast).run()
-
-
-@contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated, so that gangs are closed and the status is written."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(slots=True)
@@ -109,19 +88,20 @@ class Driver:
         return code
 
     def _trials(self) -> int:
-        with Progress() as self.view:
+        with Progress() as self.view, Signals(at_once=self.launcher.solo) as signals:
             try:
                 self.idle = self.launcher.open(len(self.waiting))
-                while self.busy or (self.waiting and self.idle):
+                signals.arm()
+                while signals.code is None and (self.busy or (self.waiting and self.idle)):
                     self._dispatch()
                     self._poll()
                     self._tick()
-                return SOME_FAILED if self.counts["failed"] else OK
             except ClusterError as error:
                 print(f"bigbatch: {error}", file=sys.stderr)
                 return USAGE
-            except (KeyboardInterrupt, Terminated) as stop:
-                return CTRL_C if isinstance(stop, KeyboardInterrupt) else TERMINATED
+            except Stopped:
+                pass
+            return signals.code or (SOME_FAILED if self.counts["failed"] else OK)
 
     # ------------------------------------------------------------------------------------------------ trials and gangs
 
@@ -167,6 +147,7 @@ class Driver:
             self.waiting.appendleft(run)
         else:
             self._failed(run, outcome)
+        self.began.pop(gang.name, None)  # what follows on a new gang tells nothing about gaps
         if self.waiting:
             self.idle.append(self.launcher.replace(gang))
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable
 
 from cluster.local import LocalGang
@@ -25,9 +24,7 @@ class Launcher:
         from cluster import gang
 
         wanted = self.cluster.gangs
-        on_terminate = signal.getsignal(signal.SIGTERM)
         gang.connect(self.cluster.workers * self.cluster.threads * (1 if wanted == "auto" else wanted))
-        signal.signal(signal.SIGTERM, on_terminate)  # Ray puts in a handler of its own
         room = gang.capacity(self.cluster.workers, self.cluster.threads)
         return [self._gang(i) for i in range(min(room if wanted == "auto" else wanted, room, trials))]
 
