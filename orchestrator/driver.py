@@ -119,7 +119,7 @@ class Driver:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "config.json", config(run.trial))
         gang.start(self._task(run.trial))
-        self.store.journal("trial_started", trial=run.trial.id, attempt=run.attempts)
+        self.store.journal("trial_started", trial=run.trial.id, attempt=run.attempts, gang=gang.name)
 
     def _task(self, trial: Trial) -> Task:
         assignment = Assignment(trial, self.store.trial(trial.id).resolve(), self.study.phases.resolve())
