@@ -6,9 +6,13 @@ from strategies.contract import Strategy
 from strategies.ema import Ema
 from strategies.gradient_clipping import GradientClipping
 from strategies.label_smoothing import LabelSmoothing
+from strategies.lamb import Lamb
+from strategies.lars import Lars
 
 CATALOGUE: dict[str, type[Strategy]] = {
     "ema": Ema,
     "gradient_clipping": GradientClipping,
     "label_smoothing": LabelSmoothing,
+    "lamb": Lamb,
+    "lars": Lars,
 }
