@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from strategies.contract import Strategy
 from strategies.ema import Ema
+from strategies.ghost_batch_norm import GhostBatchNorm
 from strategies.gradient_clipping import GradientClipping
 from strategies.label_smoothing import LabelSmoothing
 from strategies.lamb import Lamb
@@ -11,6 +12,7 @@ from strategies.lars import Lars
 
 CATALOGUE: dict[str, type[Strategy]] = {
     "ema": Ema,
+    "ghost_batch_norm": GhostBatchNorm,
     "gradient_clipping": GradientClipping,
     "label_smoothing": LabelSmoothing,
     "lamb": Lamb,

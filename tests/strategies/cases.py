@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from strategies.backprop import amend
-from strategies.contract import Phase, Plan
+from strategies.contract import ModelSpec, Phase, Plan
+from strategies.net import Net
 from strategies.optimizers import AdamW
 
 
@@ -22,6 +26,15 @@ def with_adamw(plan: Plan) -> Plan:
     return plan.map(change)
 
 
+def normalised_net(inputs: tuple[int, ...], classes: int) -> Net:
+    stage = nn.Sequential(nn.Linear(inputs[0], 8), nn.BatchNorm1d(8), nn.Tanh())
+    return Net([stage], head=nn.Linear(8, classes))
+
+
+def with_batch_norm(plan: Plan) -> Plan:
+    return plan.map(lambda phase: dataclasses.replace(phase, model=ModelSpec(normalised_net)))
+
+
 @dataclass(frozen=True)
 class Case:
     acts: dict[str, Any]  # options under which the method changes the result
@@ -34,6 +47,14 @@ class Case:
 
 CASES: dict[str, Case] = {
     "ema": Case(acts={"half_life": 0.5}, neutral={"half_life": 0.0}),
+    "ghost_batch_norm": Case(
+        acts={"size": 3},
+        neutral={"size": 1000},
+        base=with_batch_norm,
+        micro_batches=((12, 6), (12, 3)),  # parts are those of the whole batch where bounds coincide
+        shares=((12, 3),),
+        repeats=False,
+    ),
     "gradient_clipping": Case(acts={"norm": 0.05}, neutral={"norm": 1e9}),
     "label_smoothing": Case(acts={"amount": 0.2}, neutral={"amount": 0.0}),
     "lamb": Case(acts={}, neutral={"trust": False}, base=with_adamw),
