@@ -242,3 +242,17 @@ def init(
         raise typer.Exit(USAGE)
     target.write_text(source.read_text())
     say(f"wrote {target}; next: bigbatch validate {target}")
+
+
+@app.command()
+def fit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a table: .json, .csv, or a study directory")],
+    as_json: AsJson = False,
+) -> None:
+    """Fit the law of the critical batch size to a table of batch sizes and steps or examples to target."""
+    with plain_errors():
+        from orchestrator.batch_law.curve import as_data, as_text
+        from orchestrator.batch_law.table import read
+
+        data = [as_data(curve) for curve in read(file)]
+        print(json.dumps(data, indent=1) if as_json else as_text(data))

@@ -39,7 +39,9 @@ def _names(needs: Need) -> str:
 def _base_phase(trial: Trial, examples: int) -> Phase:
     base, workers = trial.base, trial.cluster.workers
     if base.batch < workers:
-        raise PlanError(f"base.batch is {base.batch}, but each of {workers} workers needs an example: take fewer workers")
+        raise PlanError(
+            f"base.batch is {base.batch}, but each of {workers} workers needs an example: take fewer workers"
+        )
     epochs = base.epochs if base.epochs is not None else (base.steps or 0) * base.batch / examples
     quadratic = trial.workload.data.noisy_quadratic
     model = ModelSpec(network) if quadratic else _model(trial.workload.model)

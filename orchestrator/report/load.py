@@ -89,12 +89,20 @@ class Study:
 
     def curve(self, result: Result, metric: str) -> tuple[list[float], list[float]]:
         """Epochs and values of the rows that hold the metric."""
-        try:
-            rows = read_lines(self.path / "trials" / result.trial / "metrics.jsonl")
-        except FileNotFoundError:
-            return [], []
+        rows = self._rows(result)
         points = [(r["epoch"], r[metric]) for r in rows if r.get(metric) is not None and r.get("epoch") is not None]
         return [x for x, _ in points], [y for _, y in points]
+
+    def evaluated(self, result: Result) -> list[int]:
+        """Steps at which the metric of the target was measured."""
+        metric = result.target.metric if result.target else ""
+        return [r["step"] for r in self._rows(result) if r.get(metric) is not None and r.get("step") is not None]
+
+    def _rows(self, result: Result) -> list[dict[str, Any]]:
+        try:
+            return read_lines(self.path / "trials" / result.trial / "metrics.jsonl")
+        except FileNotFoundError:
+            return []
 
 
 def load(path: Path, trials: Sequence[str] | None) -> Study:

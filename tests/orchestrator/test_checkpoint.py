@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from orchestrator import checkpoint
 from strategies.contract import State
 
-leaves = st.one_of(st.none(), st.booleans(), st.integers(-(2**60), 2**60), st.floats(allow_nan=False), st.text(max_size=5))
+leaves = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**60), 2**60), st.floats(allow_nan=False), st.text(max_size=5)
+)
 trees = st.recursive(
     leaves,
     lambda inner: st.one_of(
@@ -37,7 +39,11 @@ def test_any_plain_tree_comes_back_equal(tree: object) -> None:
 def content(value: float) -> dict[str, object]:
     net = torch.nn.Linear(2, 2).double()
     torch.nn.init.constant_(net.weight, value)
-    return {"net": net, "own": State({"average": torch.full((3,), value), "count": 7}), "both": [torch.ones(1), (1, "a")]}
+    return {
+        "net": net,
+        "own": State({"average": torch.full((3,), value), "count": 7}),
+        "both": [torch.ones(1), (1, "a")],
+    }
 
 
 def test_states_objects_and_tensors_are_filled_in_place(tmp_path: Path) -> None:

@@ -36,7 +36,13 @@ def test_five_mistakes_five_positions(tmp_path: Path) -> None:
     done = bigbatch("validate", str(path))
     assert done.returncode == 2 and done.stdout == ""
     lines = done.stderr.splitlines()
-    assert [line.removeprefix(f"{path}:").split(" ")[0] for line in lines] == ["3:9:", "4:27:", "6:3:", "7:11:", "10:8:"]
+    assert [line.removeprefix(f"{path}:").split(" ")[0] for line in lines] == [
+        "3:9:",
+        "4:27:",
+        "6:3:",
+        "7:11:",
+        "10:8:",
+    ]
     assert 'did you mean "digits"' in lines[0] and 'did you mean "optimizer"' in lines[2]
 
 

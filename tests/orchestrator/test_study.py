@@ -123,7 +123,10 @@ def test_a_new_target_is_read_from_the_curves(runs: Path) -> None:
         ("seeds=1", "- seeds: 2\n+ seeds: 1"),
         ("grid.base.batch=[128]", "- grid.base.batch: [128, 512]\n+ grid.base.batch: [128]"),
         ("base.epochs=1", "- base.epochs: 2"),
-        ("workload.model={mlp: {width: 32, depth: 2}}", "- workload.model.mlp.width: 16\n+ workload.model.mlp.width: 32"),
+        (
+            "workload.model={mlp: {width: 32, depth: 2}}",
+            "- workload.model.mlp.width: 16\n+ workload.model.mlp.width: 32",
+        ),
     ],
 )
 def test_a_changed_recipe_is_refused_with_a_diff(runs: Path, change: str, said: str) -> None:

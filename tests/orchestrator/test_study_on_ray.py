@@ -147,7 +147,9 @@ def test_cold_and_fifth_on_a_warm_gang(tmp_path: Path) -> None:
     assert cold.end()[0] == 0
     (trial,) = cold.results()
     fifth = warm.study / "trials" / trial / "metrics.jsonl"
-    assert without_seconds([json.loads(line) for line in fifth.read_text().splitlines()]) == without_seconds(cold.rows())
+    assert without_seconds([json.loads(line) for line in fifth.read_text().splitlines()]) == without_seconds(
+        cold.rows()
+    )
     assert cold.weights().items() <= warm.weights().items()
     status = json.loads((warm.study / "status.json").read_text())
     print(f"median gap {status['gap_seconds']:.4f} s, first trial after {status['startup_seconds']:.1f} s")
