@@ -9,6 +9,7 @@ from strategies.gradient_clipping import GradientClipping
 from strategies.label_smoothing import LabelSmoothing
 from strategies.lamb import Lamb
 from strategies.lars import Lars
+from strategies.muon import Muon
 
 CATALOGUE: dict[str, type[Strategy]] = {
     "ema": Ema,
@@ -17,4 +18,5 @@ CATALOGUE: dict[str, type[Strategy]] = {
     "label_smoothing": LabelSmoothing,
     "lamb": Lamb,
     "lars": Lars,
+    "muon": Muon,
 }

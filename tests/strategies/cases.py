@@ -59,4 +59,5 @@ CASES: dict[str, Case] = {
     "label_smoothing": Case(acts={"amount": 0.2}, neutral={"amount": 0.0}),
     "lamb": Case(acts={}, neutral={"trust": False}, base=with_adamw),
     "lars": Case(acts={"trust": 0.1}, neutral={"trust": 0.0, "form": "torch"}),
+    "muon": Case(acts={"rate": 0.5}, neutral={"smallest": 1000}),
 }
