@@ -10,6 +10,7 @@ from strategies.label_smoothing import LabelSmoothing
 from strategies.lamb import Lamb
 from strategies.lars import Lars
 from strategies.muon import Muon
+from strategies.swa import Swa
 
 CATALOGUE: dict[str, type[Strategy]] = {
     "ema": Ema,
@@ -19,4 +20,5 @@ CATALOGUE: dict[str, type[Strategy]] = {
     "lamb": Lamb,
     "lars": Lars,
     "muon": Muon,
+    "swa": Swa,
 }

@@ -60,4 +60,5 @@ CASES: dict[str, Case] = {
     "lamb": Case(acts={}, neutral={"trust": False}, base=with_adamw),
     "lars": Case(acts={"trust": 0.1}, neutral={"trust": 0.0, "form": "torch"}),
     "muon": Case(acts={"rate": 0.5}, neutral={"smallest": 1000}),
+    "swa": Case(acts={"start": 0.5}, neutral={"start": 1.0}),
 }
