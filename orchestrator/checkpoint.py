@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from orchestrator.files import write_atomic
+from orchestrator.files import sync_directory, write_atomic
 from strategies.contract import State
 
 FILES = ("tensors.safetensors", "state.json")
@@ -92,7 +92,7 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int = 2) -> Pat
     write_atomic(part / "manifest.json", json.dumps({n: _sha(b) for n, b in zip(FILES, blobs, strict=True)}))
     shutil.rmtree(final, ignore_errors=True)
     os.rename(part, final)
-    _flush(folder)
+    sync_directory(folder)
     for old in list(_newest_first(folder))[keep:]:
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -124,11 +124,3 @@ def _newest_first(folder: Path) -> Iterator[Path]:
 
 def _sha(blob: bytes) -> str:
     return hashlib.sha256(blob).hexdigest()
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import hashlib
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
-from orchestrator.files import write_atomic, write_json
+from orchestrator.files import read_json, sync_directory, write_atomic, write_json
 from orchestrator.identity import canonical, digest
 from strategies.contract import Plan
 
@@ -35,21 +35,37 @@ class PhaseStore:
     root: Path
 
     def get(self, name: str) -> Record | None:
+        """None if the phase is not there, or is damaged (then with a warning)."""
         folder = self.root / name
-        if not (folder / "record.json").exists():
+        if not folder.exists():
             return None
-        record = json.loads((folder / "record.json").read_text())
-        weights = load((folder / "weights.safetensors").read_bytes())
-        return Record(weights, record["rows"], record["progress"])
+        try:
+            record, blob = read_json(folder / "record.json"), (folder / "weights.safetensors").read_bytes()
+            if hashlib.sha256(blob).hexdigest() != record["sha256"]:
+                raise ValueError("weights.safetensors differs from its checksum")
+            return Record(load(blob), record["rows"], record["progress"])
+        except (OSError, ValueError, KeyError) as error:
+            warnings.warn(f"{folder}: damaged phase passed over ({error})", stacklevel=2)
+            return None
 
     def put(self, name: str, record: Record) -> None:
         """Whole or not at all; a phase that is there already stays as it is."""
+        if self.get(name) is not None:
+            return
         final, part = self.root / name, self.root / f".{name}.{os.getpid()}"
-        weights = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in record.weights.items()}
+        shutil.rmtree(final, ignore_errors=True)
+        blob = save({k: v.detach().to("cpu", copy=True).contiguous() for k, v in record.weights.items()})
+        facts = {"rows": record.rows, "progress": record.progress, "sha256": hashlib.sha256(blob).hexdigest()}
         part.mkdir(parents=True, exist_ok=True)
-        write_atomic(part / "weights.safetensors", save(weights))
-        write_json(part / "record.json", {f.name: getattr(record, f.name) for f in dataclasses.fields(record)[1:]})
+        write_atomic(part / "weights.safetensors", blob)
+        write_json(part / "record.json", facts)
+        self._move(part, final)
+
+    def _move(self, part: Path, final: Path) -> None:
         try:
             os.rename(part, final)
+            sync_directory(self.root)
         except OSError:
             shutil.rmtree(part)
+            if not final.exists():  # else another gang finished the same phase first
+                raise

@@ -46,6 +46,17 @@ def test_a_shared_phase_is_trained_once_and_changes_nothing(tmp_path: Path) -> N
     assert without_seconds(shared.rows) == without_seconds(alone.rows)
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "record.json"])
+def test_a_damaged_phase_is_trained_again(tmp_path: Path, name: str) -> None:
+    first = train(baseline(), tmp_path)
+    (file,) = (tmp_path / "phases").glob(f"*/{name}")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match="damaged phase passed over"):
+        again = train(baseline(), tmp_path)
+    assert again.progress.reused_steps == 0 and distance(first, again) == 0
+    assert train(baseline(), tmp_path).progress.reused_steps == 12
+
+
 @pytest.mark.parametrize("make", [baseline, two_phases])
 def test_killed_at_every_step_twice(tmp_path: Path, make: Callable[[], Plan]) -> None:
     unbroken = train(make(), tmp_path / "unbroken")
