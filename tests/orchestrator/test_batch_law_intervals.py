@@ -1,0 +1,122 @@
+"""Intervals of the law: that they hold the truth as often as they say, and that what is not identified is not called so."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from orchestrator.batch_law.curve import Curve, as_data, as_text
+from orchestrator.batch_law.fit import locate, trials
+from orchestrator.batch_law.intervals import QUANTITIES, Interval, Study, profile_intervals, study
+from orchestrator.batch_law.law import Law, Point
+from orchestrator.batch_law.table import read
+from tests.orchestrator.batch_law_curves import POWERS, PUBLIC, TRUTH, made
+
+CURVES = {curve.name: curve for curve in read(PUBLIC)}
+
+
+def known(points: list[Point], draws: int = 200) -> Study:
+    found = study(points, draws)
+    assert found
+    return found
+
+
+def covered(studies: int, **how: float) -> dict[str, int]:
+    """In how many studies the profile interval of each quantity holds the truth."""
+    found = [profile_intervals(locate(trials(made(1000 + seed, **how)))) for seed in range(studies)]
+    return {q: sum(i[q].low <= getattr(TRUTH, q) <= i[q].high for i in found) for q in QUANTITIES}
+
+
+def test_profile_intervals_cover_the_truth():
+    assert all(90 <= hits <= 98 for hits in covered(100).values()), covered(100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{}, {"grain": 250}, {"budget": 17_000}, {"trials": 1}], ids=str)
+def test_profile_intervals_cover_the_truth_over_many_studies(how):
+    """The standard error of a coverage of 95 % over 400 studies is 1.1 %; EM and its normal sample are approximate besides."""
+    assert all(0.91 * 400 <= hits <= 0.98 * 400 for hits in covered(400, **how).values()), covered(400, **how)
+
+
+def test_few_batch_sizes_are_covered_too():
+    """With five, chi squared in place of Student's t would cover 85 %."""
+    found = [
+        profile_intervals(locate(trials(made(seed, batches=POWERS[1::2], trials=3))))["critical"] for seed in range(200)
+    ]
+    assert 0.90 * 200 <= sum(i.low <= 512 <= i.high for i in found) <= 0.985 * 200
+
+
+def test_published_intervals_of_resnet50():
+    """Published: points 42.9 to 53.6 thousand, seeds 46.4 to 47.8 thousand."""
+    methods = known(list(CURVES["resnet50_lars"].points), 1000).methods
+    points, seeds = methods["points"]["critical"], methods["seeds"]["critical"]
+    assert (points.low, points.high) == pytest.approx((42_900, 53_600), rel=0.02)
+    assert (seeds.low, seeds.high) == pytest.approx((46_400, 47_800), rel=0.005)
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_public_curves_identify_their_critical_batch_size(name):
+    found = known(list(CURVES[name].points))
+    assert found.identified and found.bound is None
+    for quantity, quoted in found.quoted.items():
+        widths = [method[quantity].width for method in found.methods.values()]
+        assert quoted.width == max(widths)
+        assert quoted.low < getattr(found.fit.law, quantity) < quoted.high
+    assert ("seeds" in found.methods) == (len(CURVES[name].points) > len(found.at.batches))
+
+
+def test_intervals_are_the_same_each_time():
+    assert known(made(4)).methods == known(made(4)).methods
+
+
+# ---------------------------------------------------------------------------------------------------------- identification
+
+PERFECT, FLAT = Law(1e-3, 1e9), Law(1000, 1e-3)  # scaling without end, and none at all
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_perfect_scaling_leaves_a_lower_bound(seed):
+    found = known(made(seed, PERFECT, POWERS[:8], trials=10, noise=0.2))
+    assert not found.identified and found.quoted["critical"].high == math.inf
+    assert found.bound == ("at least", found.quoted["critical"].low) and found.bound[1] > POWERS[7] / 2
+    assert found.quoted["examples_min"].low < PERFECT.examples_min < found.quoted["examples_min"].high
+    assert found.quoted["steps_min"].low == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_scaling_leaves_an_upper_bound(seed):
+    found = known(made(seed, FLAT, POWERS[:8], trials=10))
+    assert not found.identified and found.quoted["critical"].low == 0
+    assert found.bound == ("at most", found.quoted["critical"].high) and found.bound[1] < POWERS[0]
+    assert found.quoted["steps_min"].low < 1000 < found.quoted["steps_min"].high
+
+
+def test_batch_sizes_on_one_side_do_not_identify():
+    below = known(made(0, batches=[2.0**i for i in range(7)]))
+    assert "the largest batch size is below half of it" in below.reasons
+    assert below.bound and below.bound[0] == "at least" and below.bound[1] <= 512
+    assert below.quoted["examples_min"].low < 512_000 < below.quoted["examples_min"].high
+    above = known(made(0, batches=[2.0**i for i in range(11, 17)]))
+    assert "the smallest batch size is above half of it" in above.reasons
+    assert above.bound and above.bound[0] == "at most" and above.bound[1] >= 512
+
+
+def test_four_batch_sizes_are_needed():
+    three = known(made(0, batches=(64, 512, 4096), noise=0.02))
+    assert three.reasons == ["the target was reached at 3 batch sizes, not 4"]
+    missed = known(made(0, batches=(16, 64, 512, 4096), noise=0.02, budget=20_000))
+    assert missed.reasons == three.reasons and missed.misses == 5
+    assert known(made(0, batches=(32, 64, 512, 4096), noise=0.02)).identified
+    assert study(made(0, batches=(64, 512))) is None
+
+
+def test_evaluations_too_coarse_say_nothing():
+    points = [Point(b, 0, 100) for b in (8, 32, 128, 512)]
+    assert not known(points).identified and known(points).bound is None
+    assert "unknown" in as_text([as_data(Curve("coarse", points))])
+
+
+def test_width_of_an_interval():
+    assert Interval(1, math.e).width == 1
+    assert Interval(0, 5).width == Interval(5, math.inf).width == math.inf
