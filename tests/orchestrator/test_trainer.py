@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from cluster.engines import make_worker
 from orchestrator.recipe.schema import Interval, Target
 from strategies.contract import ModelSpec, Plan
 from strategies.net import Net
@@ -189,3 +192,45 @@ def test_adamw_resumes_exactly(tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
         train(plan, tmp_path / "broken", Blobs(fail_at=60), save_seconds=0)
     assert distance(train(plan, tmp_path / "broken"), unbroken) == 0
+
+
+REAL_MEMORY = """
+import resource, torch
+from cluster.engines import make_worker
+from orchestrator.micro_batch import largest
+from orchestrator.workloads import build_network
+from strategies.contract import Batch
+torch.set_num_threads(1)
+net = build_network((1, 8, 8), 10, "small_cnn", width=16, batch_norm=True)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 600 * 2**20,) * 2)
+sample = lambda n: Batch(torch.zeros(n, 1, 8, 8), torch.zeros(n, dtype=torch.int64), torch.arange(n))
+print(largest(net, sample, 2**18, make_worker("solo", {}, "fp32", 0, 1, torch.device("cpu"))))
+"""
+
+
+def test_memory_that_really_runs_out() -> None:
+    """262,144 examples need gigabytes; the process may have 600 MiB more than it holds."""
+    done = subprocess.run([sys.executable, "-c", REAL_MEMORY], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert 64 <= int(done.stdout) < 2**18
+
+
+def test_divergence_is_decided_in_step_by_all_workers(tmp_path: Path) -> None:
+    (phase,) = baseline(epochs=50).phases
+    learner = dataclasses.replace(phase.learner, rate=Rate(1e9))  # type: ignore[type-var]
+    pair = Pair(tmp_path / "rendezvous")
+    try:
+        with pytest.raises(AssertionError, match="rank 0: AssertionError: the trainer kept no weights"):
+            pair.train(Plan((dataclasses.replace(phase, learner=learner),)), tmp_path)
+        assert distance(pair.train(baseline(), tmp_path / "next"), train(baseline(), tmp_path / "alone")) < 1e-12
+    finally:
+        pair.close()
+
+
+def test_bfloat16_trains(tmp_path: Path) -> None:
+    worker = make_worker("solo", {}, "bf16", 0, 1, torch.device("cpu"))
+    trained = train(baseline(epochs=10), tmp_path, data=Blobs(dtype=torch.float32), worker=worker)
+    plain = train(baseline(epochs=10), tmp_path / "plain")
+    assert {v.dtype for v in trained.weights.values()} == {torch.float32}
+    assert 1e-5 < distance(trained, plain) < 0.3 and trained.rows[-1]["test_accuracy"] > 0.9

@@ -37,13 +37,14 @@ class Blobs:
     inputs: tuple[int, ...] = (WIDTH,)
     classes: int = CLASSES
     test_examples: int = 31
+    dtype: torch.dtype = torch.float64
 
     def __post_init__(self) -> None:
         made = torch.Generator().manual_seed(1)
         self.y = torch.arange(EXAMPLES) % CLASSES
         centres = torch.randn(CLASSES, WIDTH, generator=made, dtype=torch.float64)
         noise = torch.randn(EXAMPLES, WIDTH, generator=made, dtype=torch.float64)
-        self.x = centres[self.y] + 0.7 * noise
+        self.x = (centres[self.y] + 0.7 * noise).to(self.dtype)
 
     @property
     def examples(self) -> int:
@@ -87,16 +88,17 @@ class Trained:
 def train(plan: Plan, directory: Path, data: Blobs | None = None, worker: Any = None, **options: Any) -> Trained:
     """The last phase's weights and the rows, through `Trainer`, on one worker unless another is given."""
     torch.use_deterministic_algorithms(True)
+    data = data or Blobs()
     worker = worker or make_worker("solo", {}, "fp64", 0, 1, torch.device("cpu"))
     (directory / "trial").mkdir(parents=True, exist_ok=True)
     job = Job(
         plan=plan,
-        dataset=data or Blobs(),
+        dataset=data,
         seed=0,
         directory=directory / "trial",
         store=PhaseStore(directory / "phases"),
         context={"test": str(directory)},
-        dtype=torch.float64,
+        dtype=data.dtype,
         **{"log_steps": 1, "micro_batch": 64, "evaluate": Interval(epochs=1)} | options,
     )
     trainer = Trainer(job, worker)
