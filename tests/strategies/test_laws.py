@@ -124,7 +124,7 @@ def test_8_repeated_examples_change_nothing(name: str, tmp_path: Path) -> None:
 
 def in_order(names: tuple[str, ...], directory: Path) -> Trained | None:
     """Trained with these strategies applied in this order; None where they refuse each other."""
-    plan = baseline()
+    plan = baseline(epochs=1)
     for name in sorted(names):
         plan = CASES[name].base(plan)
     try:
