@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.special import log_ndtr
 
 Array = NDArray[np.float64]
-ROUNDS, TOLERANCE = 100, 1e-5  # of EM, on a log scale: a thousandth of a percent
+ROUNDS, TOLERANCE = 60, 2e-5  # of EM, on a log scale
 NARROWEST = 1e-3  # scatter of intervals that a single curve meets: it has no lower bound of its own then
 TINY = 1e-15  # scatter of values that are equal
 LOG_ROOT_TWO_PI = 0.5 * np.log(2 * np.pi)

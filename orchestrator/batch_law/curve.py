@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.batch_law.fit import Locations
-from orchestrator.batch_law.intervals import DISTINCT, QUANTITIES, Intervals, Study, study
+from orchestrator.batch_law.intervals import DISTINCT, QUANTITIES, Estimate, Intervals, estimate
 from orchestrator.batch_law.law import Point
 from orchestrator.files import printable
 from orchestrator.report.wording import figures3
@@ -40,7 +40,7 @@ class Curve:
 
 def as_data(curve: Curve) -> dict[str, Any]:
     """What is known of a curve: values with 95 % intervals (null: open, or not known), and B_crit as a value or a bound."""
-    found = study(curve.points)
+    found = estimate(curve.points)
     head = {"curve": curve.name, "unit": curve.unit.partition(" (")[0], "trials": len(curve.points)}
     head["misses"] = sum(not p.hit for p in curve.points)
     if found is None:
@@ -59,7 +59,7 @@ def as_data(curve: Curve) -> dict[str, Any]:
     return head | rest
 
 
-def _quantities(curve: Curve, found: Study) -> dict[str, dict[str, float | None]]:
+def _quantities(curve: Curve, found: Estimate) -> dict[str, dict[str, float | None]]:
     intervals = _scaled(curve, found.quoted)
     values = {q: getattr(found.fit.law, q) * _scale(curve, q) for q in QUANTITIES}
     known = {q: found.quoted[q].bounded and (q != "critical" or found.identified) for q in QUANTITIES}

@@ -14,11 +14,11 @@ import numpy as np
 from scipy.special import stdtrit
 
 from orchestrator.batch_law.censored import Array
-from orchestrator.batch_law.fit import Fit, Locations, fit, fit_many, locate, profile, search_range, trials
+from orchestrator.batch_law.fit import Fit, Locations, fit, fit_many, locate, log_shape, profile, search_range, trials
 from orchestrator.batch_law.law import Point
 from orchestrator.statistics import LEVEL
 
-DRAWS = 1000  # of each bootstrap
+DRAWS = 500  # of each bootstrap
 FEWEST = 4  # batch sizes that reached the target, to identify a critical one
 DISTINCT = 3  # batch sizes in a draw of the point bootstrap: two parameters fit two exactly
 PROFILE, ZOOMS = 121, 3  # points of a likelihood profile, and how often it is drawn closer
@@ -45,7 +45,7 @@ Intervals = dict[str, Interval]  # of each quantity
 
 
 @dataclass(frozen=True)
-class Study:
+class Estimate:
     """The law of one curve and what is known of it."""
 
     fit: Fit
@@ -86,7 +86,7 @@ class Study:
         return next(((word, ends[word]) for word in order if 0 < ends[word] < math.inf), None)
 
 
-def study(points: Sequence[Point], draws: int = DRAWS) -> Study | None:
+def estimate(points: Sequence[Point], draws: int = DRAWS) -> Estimate | None:
     """Fits one curve; None if the target was reached at fewer than three batch sizes, which say nothing about scatter.
 
     The generator of the bootstraps is fixed: the same points give the same intervals.
@@ -99,13 +99,24 @@ def study(points: Sequence[Point], draws: int = DRAWS) -> Study | None:
     methods = {"profile": profile_intervals(at), "points": _percentiles(*point_bootstrap(at, draws), at)}
     if len(every.lower) > len(at.batches):
         methods["seeds"] = _percentiles(*_seed_bootstrap(points, draws), at)
-    return Study(best, at, methods, len(points), sum(not p.hit for p in points))
+    return Estimate(best, at, methods, len(points), sum(not p.hit for p in points))
 
 
 # ---------------------------------------------------------------------------------------------------- profile likelihood
 
 
-def profile_intervals(at: Locations) -> Intervals:
+@dataclass(frozen=True)
+class _Region:
+    """Parameters that the likelihood does not rule out: for each ln B_crit, the middle of ln S_min and its reach."""
+
+    log_critical: Array
+    log_steps: Array
+    half: Array
+    open_below: bool  # the region reaches the end of the search for ln B_crit
+    open_above: bool
+
+
+def _region(at: Locations) -> _Region:
     """All parameters within reach of the largest likelihood.
 
     For n exact locations twice the drop in log likelihood is n ln(1 + F / (n - 2)), F being the statistic of a test of one
@@ -124,10 +135,25 @@ def profile_intervals(at: Locations) -> Intervals:
         ends = float(grid[first]), float(grid[last])
     room = np.expm1(2 / n * (likelihood[inside] - likelihood.max() + drop))
     half = scatter[inside] * np.sqrt(np.maximum(room, 0.0))
-    centres = {"critical": grid[inside], "steps_min": log_steps[inside], "examples_min": (log_steps + grid)[inside]}
-    halves = {"critical": 0.0 * half, "steps_min": half, "examples_min": half}
-    closed = {q: (float((c - halves[q]).min()), float((c + halves[q]).max())) for q, c in centres.items()}
-    return _opened(closed, grid[inside[0]] <= edges[0], grid[inside[-1]] >= edges[1])
+    found = grid[inside]
+    return _Region(found, log_steps[inside], half, bool(found[0] <= edges[0]), bool(found[-1] >= edges[1]))
+
+
+def profile_intervals(at: Locations) -> Intervals:
+    """The range of each quantity over the region."""
+    region = _region(at)
+    critical, steps, half = region.log_critical, region.log_steps, region.half
+    centres = {"critical": (critical, 0 * half), "steps_min": (steps, half), "examples_min": (steps + critical, half)}
+    ends = {q: (float((c - h).min()), float((c + h).max())) for q, (c, h) in centres.items()}
+    return _opened(ends, region.open_below, region.open_above)
+
+
+def band(at: Locations, batches: Sequence[float]) -> list[Interval]:
+    """The range of the steps at each of `batches` over the region: at any one of them, a 95 % interval of the law there."""
+    region = _region(at)
+    centre = region.log_steps[:, None] + log_shape(np.array(batches, dtype=float), region.log_critical)
+    low, high = (centre - region.half[:, None]).min(0), (centre + region.half[:, None]).max(0)
+    return [Interval(*pair) for pair in np.exp([low, high]).T.tolist()]
 
 
 def _opened(ends: dict[str, tuple[float, float]], no_low: bool, no_high: bool) -> Intervals:

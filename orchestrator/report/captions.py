@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from orchestrator.batch_law.intervals import FEWEST
 from orchestrator.report.load import Result, as_text
 from orchestrator.report.summary import Summary
 from orchestrator.report.wording import goal, joined, metric_name, plural
@@ -24,8 +25,12 @@ def _steps(summary: Summary) -> tuple[str, str]:
     return "Steps to target against batch size", (
         f"Optimizer steps until {goal(summary.target)}: {medians}. Dashed: perfect scaling from the smallest batch size of "
         "each arm that reached the target, twice the batch for half the steps. "
-        f"{_censored(summary)}{_resolution(summary)}"
+        f"{_fitted(summary)}{_censored(summary)}{_resolution(summary)}"
     )
+
+
+def _fitted(summary: Summary) -> str:
+    return "Dotted: the law S = S_min (1 + B_crit / B) fitted, with its 95 % band. " if summary.laws else ""
 
 
 def _censored(summary: Summary) -> str:
@@ -128,6 +133,13 @@ def notes(summary: Summary) -> list[str]:
             "perfect, from 0.1 to 0.9 diminishing, below 0.1 maximal data parallelism. The useful batch size is the largest up "
             f"to which steps exceed perfect scaling by {share} at most. These thresholds are conventions of this report.",
         ]
+    if summary.laws:
+        said.append(
+            "Critical batch size B_crit: where the fitted law S = S_min (1 + B_crit / B) takes twice S_min steps. It is fitted "
+            f"by maximum likelihood to arms that reached the target at {FEWEST} batch sizes or more, evaluations taken as "
+            "intervals, misses as censored. Its interval is the widest of profile likelihood and of bootstraps over batch sizes and "
+            "over seeds. If that is open, or all batch sizes lie above or all below half of B_crit, a bound is given."
+        )
     if summary.searched:
         said.append(
             "Where the grid varied more than the batch size, each arm and batch size is shown at its best setting: the lowest "

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from orchestrator.batch_law import intervals
 from orchestrator.report.load import Result
 from orchestrator.report.summary import Cell, Summary, final_value, seconds_to_target, steps_to_target
 from orchestrator.report.wording import metric_name
@@ -42,6 +43,7 @@ STYLE: Any = {
     "pdf.fonttype": 42,
 }
 CURVES = 300  # points of one line at most
+BAND = 60  # stretches of a fitted law
 
 
 def draw(summary: Summary) -> dict[str, dict[str, bytes]]:
@@ -74,11 +76,14 @@ def _steps(summary: Summary) -> Figure | None:
     for index, cells in enumerate(summary.cells.values()):
         _estimates(axes, summary, index, lambda cell: cell.steps, steps_to_target)
         _ideal(axes, index, cells)
+        _law(axes, summary, index)
         missed = [(c.batch, t.steps) for c in cells for t in c.trials if t.steps and math.isinf(steps_to_target(t))]
         style: dict[str, Any] = {"color": _colour(index), "fillstyle": "none", "markersize": 9, "markeredgewidth": 1.4}
         axes.plot([b * _shift(index, summary) for b, _ in missed], [s for _, s in missed], "^", **style)
     _log_y(axes)
     extra = [Line2D([], [], color=GREY, linestyle="--", label="perfect scaling")]
+    if summary.laws:
+        extra.append(Line2D([], [], color=GREY, linestyle=":", label="fitted law"))
     if any(cell.hits < len(cell.trials) for cell in summary.all_cells):
         extra.append(
             Line2D([], [], color=GREY, marker="^", fillstyle="none", linestyle="", label="not reached by then")
@@ -94,6 +99,18 @@ def _ideal(axes: Axes, index: int, cells: Sequence[Cell]) -> None:
         first, end = reached[0], cells[-1].batch
         steps = [first.steps.median, first.steps.median * first.batch / end]
         axes.plot([first.batch, end], steps, "--", color=_colour(index), linewidth=1, alpha=0.7)
+
+
+def _law(axes: Axes, summary: Summary, index: int) -> None:
+    """The law fitted to an arm, over its batch sizes, with its band."""
+    found = summary.laws.get(summary.study.arms[index])
+    if found:
+        ends = found.at.batches[[0, -1]].tolist()
+        batches = [ends[0] * (ends[1] / ends[0]) ** (i / BAND) for i in range(BAND + 1)]
+        band = intervals.band(found.at, batches)
+        low, high = [i.low for i in band], [i.high for i in band]
+        axes.fill_between(batches, low, high, color=_colour(index), alpha=0.1, linewidth=0)
+        axes.plot(batches, [found.fit.law.steps(b) for b in batches], ":", color=_colour(index), linewidth=1)
 
 
 def _final(summary: Summary) -> Figure | None:

@@ -7,7 +7,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from orchestrator.report.summary import Cell, Summary, steps_to_target
-from orchestrator.report.wording import count, factor, goal, joined, metric_name, metric_value, plural, span, spread
+from orchestrator.report.wording import (
+    count,
+    factor,
+    figures2,
+    goal,
+    joined,
+    metric_name,
+    metric_value,
+    plural,
+    span,
+    spread,
+)
 from orchestrator.statistics import EXCESS, Estimate, paired_ratio, useful_batch
 
 
@@ -44,7 +55,7 @@ def _scaling(summary: Summary, arm: str, cells: list[Cell]) -> str:
         sentence += f" ({_gain(first, last)}; {_over_seeds([first.steps, last.steps])}); {_useful(reached)}"
     else:
         sentence += f" ({_over_seeds([first.steps])})"
-    return f"{sentence}{_best_of(cells)}.{_misses(summary, arm, cells)}"
+    return f"{sentence}{_best_of(cells)}.{_critical(summary, arm)}{_misses(summary, arm, cells)}"
 
 
 def _never(summary: Summary, arm: str, cells: list[Cell]) -> str:
@@ -81,6 +92,19 @@ def _useful(reached: list[Cell]) -> str:
     if useful == batches[0]:
         return f"steps exceed perfect scaling by more than {share} already at batch {batches[1]}"
     return f"scaling stays within {share} of perfect up to batch {useful:.0f}"
+
+
+def _critical(summary: Summary, arm: str) -> str:
+    """The critical batch size, or its bound, if there are batch sizes enough to ask for it."""
+    if arm not in summary.laws:
+        return ""
+    law = summary.laws[arm]
+    if law.identified:
+        value, interval = law.fit.law.critical, law.quoted["critical"]
+        ends = f"{figures2(interval.low)}-{figures2(interval.high)}"
+        return f" Its critical batch size is {figures2(value)} (95 % interval {ends})."
+    bound = f": {law.bound[0]} {figures2(law.bound[1])}" if law.bound else ""
+    return f" Its critical batch size cannot be told from these batch sizes{bound}."
 
 
 def _best_of(cells: list[Cell]) -> str:

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from orchestrator.batch_law import intervals
+from orchestrator.batch_law.law import Point
 from orchestrator.report.load import Result, Study, Target, as_text
 from orchestrator.statistics import Estimate, estimate, median
+from orchestrator.store import Store
 
 BATCH = "base.batch"  # the grid path that is the batch size itself
 METRICS = ("test_accuracy", "test_loss", "train_loss")  # of the final quality, the first that was measured
@@ -100,6 +103,17 @@ class Summary:
     def all_cells(self) -> list[Cell]:
         return [cell for cells in self.cells.values() for cell in cells]
 
+    def points(self, arm: str) -> list[Point]:
+        """The trials of an arm as the law of the critical batch size takes them."""
+        return [_point(self.study, trial) for cell in self.cells[arm] for trial in cell.trials]
+
+    @cached_property
+    def laws(self) -> dict[str, intervals.Estimate]:
+        """Of the arms that reached the target at enough batch sizes to ask for one."""
+        hits = {arm: sum(cell.hits > 0 for cell in cells) for arm, cells in self.cells.items()}
+        found = {arm: intervals.estimate(self.points(arm)) for arm, n in hits.items() if n >= intervals.FEWEST}
+        return {arm: law for arm, law in found.items() if law}
+
     @property
     def searched(self) -> bool:
         """Whether settings besides the batch size were tried."""
@@ -112,6 +126,16 @@ def summarise(study: Study) -> Summary:
     metric = next((m for m in METRICS if any(r.final.get(m) is not None for r in usable)), None)
     cells = {arm: _cells([r for r in usable if r.arm == arm], metric) for arm in study.arms}
     return Summary(study, target, metric, cells)
+
+
+def _point(study: Study, trial: Result) -> Point:
+    """A hit lies after the evaluation before it; a miss, of whatever kind, after its last evaluation."""
+    steps, metric = steps_to_target(trial), trial.target.metric if trial.target else ""
+    evaluated = [row["step"] for row in Store(study.path).rows(trial.trial) if row.get(metric) is not None]
+    if math.isinf(steps):
+        return Point(trial.batch, float(max(evaluated, default=trial.steps or 0)), math.inf)
+    before = max((step for step in evaluated if step < steps), default=0 if evaluated else steps)
+    return Point(trial.batch, float(before), steps)
 
 
 def other_values(result: Result) -> dict[str, Any]:

@@ -21,6 +21,11 @@ def figures3(value: float) -> str:
     return f"{value:.0f}" if 100 <= abs(value) < 1e7 else f"{value:#.3g}".removesuffix(".")
 
 
+def figures2(value: float) -> str:
+    """Two significant figures, for what is known no better: `210`, `13000`."""
+    return f"{float(f'{value:.2g}'):g}"
+
+
 def factor(value: float) -> str:
     """A ratio: `0.62`, `7.8`, `45`."""
     if math.isinf(value) or value == 0:

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.batch_law.curve import Curve, as_data, as_text
 from orchestrator.batch_law.fit import locate, trials
-from orchestrator.batch_law.intervals import QUANTITIES, Interval, Study, profile_intervals, study
+from orchestrator.batch_law.intervals import QUANTITIES, Estimate, Interval, band, estimate, profile_intervals
 from orchestrator.batch_law.law import Law, Point
 from orchestrator.batch_law.table import read
 from tests.orchestrator.batch_law_curves import POWERS, PUBLIC, TRUTH, made
@@ -16,8 +16,8 @@ from tests.orchestrator.batch_law_curves import POWERS, PUBLIC, TRUTH, made
 CURVES = {curve.name: curve for curve in read(PUBLIC)}
 
 
-def known(points: list[Point], draws: int = 200) -> Study:
-    found = study(points, draws)
+def known(points: list[Point], draws: int = 200) -> Estimate:
+    found = estimate(points, draws)
     assert found
     return found
 
@@ -35,8 +35,10 @@ def test_profile_intervals_cover_the_truth():
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [{}, {"grain": 250}, {"budget": 17_000}, {"trials": 1}], ids=str)
 def test_profile_intervals_cover_the_truth_over_many_studies(how):
-    """The standard error of a coverage of 95 % over 400 studies is 1.1 %; EM and its normal sample are approximate besides."""
-    assert all(0.91 * 400 <= hits <= 0.98 * 400 for hits in covered(400, **how).values()), covered(400, **how)
+    """The standard error of a coverage of 95 % over 400 studies is 1.1 %. Evaluation every 250 steps blurs large batch sizes
+    alone; the scatter, being the same for all, then makes the interval of E_min, which small ones decide, wide."""
+    hits = covered(400, **how)
+    assert all(n >= 0.91 * 400 for n in hits.values()) and hits["critical"] <= 0.98 * 400, hits
 
 
 def test_few_batch_sizes_are_covered_too():
@@ -108,13 +110,24 @@ def test_four_batch_sizes_are_needed():
     missed = known(made(0, batches=(16, 64, 512, 4096), noise=0.02, budget=20_000))
     assert missed.reasons == three.reasons and missed.misses == 5
     assert known(made(0, batches=(32, 64, 512, 4096), noise=0.02)).identified
-    assert study(made(0, batches=(64, 512))) is None
+    assert estimate(made(0, batches=(64, 512))) is None
 
 
 def test_evaluations_too_coarse_say_nothing():
     points = [Point(b, 0, 100) for b in (8, 32, 128, 512)]
     assert not known(points).identified and known(points).bound is None
     assert "unknown" in as_text([as_data(Curve("coarse", points))])
+
+
+def test_band_of_the_law():
+    at = locate(trials(made(3)))
+    intervals = profile_intervals(at)
+    ends = band(at, [1e-9, 64, 1e12])
+    assert ends[0].low * 1e-9 == pytest.approx(intervals["examples_min"].low, rel=1e-6)
+    assert ends[2].high == pytest.approx(intervals["steps_min"].high, rel=1e-6)
+    assert ends[1].low < TRUTH.steps(64) < ends[1].high < 1.1 * ends[1].low
+    covering = [band(locate(trials(made(seed, trials=1))), [128])[0] for seed in range(100)]
+    assert 90 <= sum(i.low <= TRUTH.steps(128) <= i.high for i in covering) <= 98
 
 
 def test_width_of_an_interval():

@@ -42,10 +42,12 @@ def study(tmp_path_factory) -> tuple[Path, list[str]]:
 def test_headlines_of_a_whole_study(study):
     assert study[1] == [
         "sgd reaches test accuracy 0.95 in 310 steps at batch 32 and in 16 at batch 1437 (19 x fewer steps for 45 x the "
-        "batch; medians of 3 seeds, ranges 294-341 and 15-18); scaling stays within 20 % of perfect up to batch 128.",
+        "batch; medians of 3 seeds, ranges 294-341 and 15-18); scaling stays within 20 % of perfect up to batch 128. Its "
+        "critical batch size cannot be told from these batch sizes: at least 230.",
         "adamw reaches test accuracy 0.95 in 290 steps at batch 32 and in 40 at batch 512 (7.2 x fewer steps for 16 x the "
-        "batch; medians of 3 seeds, ranges 276-319 and 38-44); scaling stays within 20 % of perfect up to batch 128. adamw "
-        "missed the target in 2 of 3 seeds at batch 1437 within its budget of 20 epochs.",
+        "batch; medians of 3 seeds, ranges 276-319 and 38-44); scaling stays within 20 % of perfect up to batch 128. Its "
+        "critical batch size is 580 (95 % interval 180-3300). adamw missed the target in 2 of 3 seeds at batch 1437 within "
+        "its budget of 20 epochs.",
         "At batch 1437, only sgd reaches the target in the median (hits: sgd 3 of 3 and adamw 1 of 3). Their ranges overlap, "
         "so neither is called faster.",
     ]
