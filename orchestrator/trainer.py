@@ -132,7 +132,7 @@ class PhaseRun:
 
     def _build(self) -> Net:
         job = self.job
-        torch.manual_seed(mix(job.seed, "init", self.progress.phase))
+        seed(self.worker.device, mix(job.seed, "init", self.progress.phase))
         net = self.phase.model(job.dataset.inputs, job.dataset.classes)
         for surgery in self.phase.surgery:
             net = surgery(net)
@@ -167,7 +167,7 @@ class PhaseRun:
 
     def _step(self) -> None:
         clock = self._clock()
-        torch.manual_seed(mix(clock.seed, "step", clock.phase, clock.step, clock.rank))
+        seed(self.worker.device, mix(clock.seed, "step", clock.phase, clock.step, clock.rank))
         metrics = self.phase.learner.step(self.state, self._batches(clock), clock)
         for name, value in metrics.items():
             self.window[name] = self.window[name] + value if name in self.window else value
@@ -253,6 +253,13 @@ class PhaseRun:
         content = {"progress": asdict(self.progress), "state": self.state, "carried": self.carried}
         checkpoint.save(self.job.directory / "checkpoints", self.progress.steps, content, self.job.keep)
         self.saved_at = time.monotonic()
+
+
+def seed(device: torch.device, number: int) -> None:
+    """Seeds the generators in use. `torch.manual_seed` would queue a call with its stack for each kind of device not in use."""
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
 
 
 class Stopwatch:
