@@ -123,7 +123,8 @@ class Backprop:
 
     def step(self, state: State, batches: Sequence[Batch], clock: Clock) -> Metrics:
         live: Live = state.live
-        live.net.train()
+        if not live.net.training:  # walking through all modules costs as much as a small layer
+            live.net.train()
         loss = sum(self._micro(live, batch, clock, last=batch is batches[-1]) for batch in batches)
         _set_rate(live.optimizer, self.rate(clock))
         self._apply(state, clock)
