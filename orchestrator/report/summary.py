@@ -12,7 +12,6 @@ from orchestrator.batch_law import intervals
 from orchestrator.batch_law.law import Point
 from orchestrator.report.load import Result, Study, Target, as_text
 from orchestrator.statistics import Estimate, estimate, median
-from orchestrator.store import Store
 
 BATCH = "base.batch"  # the grid path that is the batch size itself
 METRICS = ("test_accuracy", "test_loss", "train_loss")  # of the final quality, the first that was measured
@@ -130,8 +129,7 @@ def summarise(study: Study) -> Summary:
 
 def _point(study: Study, trial: Result) -> Point:
     """A hit lies after the evaluation before it; a miss, of whatever kind, after its last evaluation."""
-    steps, metric = steps_to_target(trial), trial.target.metric if trial.target else ""
-    evaluated = [row["step"] for row in Store(study.path).rows(trial.trial) if row.get(metric) is not None]
+    steps, evaluated = steps_to_target(trial), study.evaluated(trial)
     if math.isinf(steps):
         return Point(trial.batch, float(max(evaluated, default=trial.steps or 0)), math.inf)
     before = max((step for step in evaluated if step < steps), default=0 if evaluated else steps)
