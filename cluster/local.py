@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.engines import make_worker
-from cluster.tasks import Done, Failed, Outcome, Task, attempt
+from cluster.tasks import Outcome, Task, attempt
 
 
 class LocalGang:
-    """Runs each task within `start`. Ctrl-C passes through."""
+    """Runs each task within `poll`, however long it takes. Ctrl-C passes through."""
 
     size = 1
 
     def __init__(self, name: str = "local"):
         self.name = name
-        self.outcome: Done | Failed | None = None
+        self.task: Task | None = None
 
     def start(self, task: Task) -> None:
-        self.outcome = attempt(0, lambda: self.run(task))
+        self.task = task
 
     def run(self, task: Task) -> Any:
         import torch
@@ -28,8 +28,8 @@ class LocalGang:
         return task.function(make_worker(task.engine, task.options, task.precision, 0, 1, device), task.argument)
 
     def poll(self, timeout: float) -> Outcome | None:
-        outcome, self.outcome = self.outcome, None
-        return outcome
+        task, self.task = self.task, None
+        return attempt(0, lambda: self.run(task)) if task else None
 
     def close(self) -> None:
         """Nothing to end."""

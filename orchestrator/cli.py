@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +42,7 @@ def say(text: str) -> None:
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Turns what a user can cause into one clear line and an exit code."""
+    from cluster.tasks import ClusterError
     from orchestrator.files import Damaged
     from orchestrator.recipe import RecipeError
     from orchestrator.store import Busy
@@ -50,7 +52,7 @@ def plain_errors() -> Iterator[None]:
 
     try:
         yield
-    except (RecipeError, DataError, PlanError, Damaged) as error:
+    except (RecipeError, DataError, PlanError, Damaged, ClusterError) as error:
         say(str(error))
         raise typer.Exit(USAGE) from None
     except Changed as error:
@@ -160,12 +162,12 @@ def show_results(path: Path, as_json: bool) -> None:
     from orchestrator.store import Store
 
     results = Store(path).results()
-    if as_json:
-        print(json.dumps(results, indent=1))
-        return
     if not results and not (path / "journal.jsonl").exists():
         say(f"{path}: not a study directory (no journal.jsonl)")
         raise typer.Exit(USAGE)
+    if as_json:
+        print(json.dumps(results, indent=1))
+        return
     for result in results:
         print(f"{result['trial']}  {result['status']:9} {result_line(result)}")
 
@@ -186,12 +188,13 @@ def status(
 def report(study: Annotated[Path, typer.Argument(metavar="STUDY", help="a study directory")]) -> None:
     """Build report.html, report.md, results.csv, results.parquet and the figures again."""
     from orchestrator.report import build
+    from orchestrator.store import Store
 
     if not (study / "trials").is_dir():
         say(f"{study}: not a study directory (no trials/)")
         raise typer.Exit(USAGE)
     with plain_errors():
-        for line in build(study):
+        for line in build(study, Store(study).trial_ids()):
             say(line)
         print(study / "report.html")
 
@@ -240,7 +243,11 @@ def init(
         what = f"{target} exists: it is left as it is" if source else f"no recipe {name!r}"
         say(f"{what}; shipped recipes: {', '.join(p.stem for p in shipped)}")
         raise typer.Exit(USAGE)
-    target.write_text(source.read_text())
+    try:
+        target.write_text(source.read_text())
+    except OSError as error:
+        say(f"{target}: {error.strerror}")
+        raise typer.Exit(USAGE) from None
     say(f"wrote {target}; next: bigbatch validate {target}")
 
 
@@ -256,3 +263,39 @@ def fit(
 
         data = [as_data(curve) for curve in read(file)]
         print(json.dumps(data, indent=1) if as_json else as_text(data))
+
+
+@app.command()
+def submit(
+    recipe: RecipePath,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", metavar="URL", help="the Ray dashboard, http://HOST:8265")
+    ],
+    wait: Annotated[bool, typer.Option("--wait", help="follow the log, and end with the study's exit code")] = False,
+    set_: Sets = None,
+    working_dir: Annotated[Path, typer.Option(metavar="DIR", help="the folder that goes to the cluster")] = Path("."),
+    output: Annotated[str, typer.Option("--output", "-o", help="the cluster's folder of studies")] = "~/bigbatch/runs",
+    allow_code: AllowCode = False,
+) -> None:
+    """Run a study as a job of a Ray cluster."""
+    with plain_errors():
+        from orchestrator.plan import check_plans
+        from orchestrator.submit import submit as send
+
+        study = open_study(recipe, set_, allow_code)
+        check_plans(study.recipe)
+        options = [f"--set={setting}" for setting in set_ or ()] + ["--allow-code"] * allow_code
+        raise typer.Exit(send(study.recipe, recipe, address, working_dir, output, options, wait))
+
+
+@app.command()
+def doctor(
+    output: Output = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine and its settings: what is wrong, and what to do about it."""
+    from orchestrator.doctor import BAD, as_text, diagnose
+
+    findings = diagnose(output)
+    print(json.dumps([asdict(f) for f in findings], indent=1) if as_json else as_text(findings))
+    raise typer.Exit(FAILED if any(f.status == BAD for f in findings) else 0)

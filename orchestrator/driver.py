@@ -20,7 +20,7 @@ from orchestrator.launch import Launcher
 from orchestrator.plan import check_plans
 from orchestrator.progress import Progress
 from orchestrator.run_trial import Assignment, failure, run_trial
-from orchestrator.signals import Signals, Stopped
+from orchestrator.signals import TERMINATED, Signals, Stopped
 from orchestrator.study import Study
 from orchestrator.trial import Trial
 
@@ -94,13 +94,15 @@ class Driver:
                 signals.arm()
                 while signals.code is None and (self.busy or (self.waiting and self.idle)):
                     self._dispatch()
-                    self._poll()
                     self._tick()
+                    self._poll()
             except ClusterError as error:
                 print(f"bigbatch: {error}", file=sys.stderr)
                 return USAGE
             except Stopped:
                 pass
+            except SystemExit:  # Ray's own SIGTERM handler, which stands until `arm`
+                signals.code = signals.code or TERMINATED
             return signals.code or (SOME_FAILED if self.counts["failed"] else OK)
 
     # ------------------------------------------------------------------------------------------------ trials and gangs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from cluster.local import LocalGang
 from cluster.tasks import Gang
@@ -16,6 +16,7 @@ class Launcher:
         self.cluster = cluster
         one = cluster.workers == 1 and cluster.gangs in (1, "auto")
         self.solo = cluster.launcher == "solo" or (cluster.launcher == "auto" and one)
+        self.disconnect: Callable[[], None] = lambda: None
 
     def open(self, trials: int) -> list[Gang]:
         """As many gangs as the recipe says, the cluster holds and the trials can use. Raises ClusterError."""
@@ -23,6 +24,7 @@ class Launcher:
             return [LocalGang()]
         from cluster import gang
 
+        self.disconnect = gang.disconnect
         wanted = self.cluster.gangs
         gang.connect(self.cluster.workers * self.cluster.threads * (1 if wanted == "auto" else wanted))
         room = gang.capacity(self.cluster.workers, self.cluster.threads)
@@ -43,7 +45,4 @@ class Launcher:
         """End these gangs, and leave the cluster."""
         for gang in gangs:
             gang.close()
-        if not self.solo:
-            from cluster.gang import disconnect
-
-            disconnect()
+        self.disconnect()

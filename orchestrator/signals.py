@@ -5,7 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType, TracebackType
 
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}  # exit codes
+TERMINATED = 75
+CODES = {signal.SIGINT: 130, signal.SIGTERM: TERMINATED}  # exit codes
 
 
 class Stopped(BaseException):

@@ -11,13 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator.files import append_line, open_lines, read_json, read_lines, write_json
+from orchestrator.files import Damaged, append_line, open_lines, read_json, read_lines, write_json
 
 FINISHED = ("done", "diverged", "pruned")  # a failed trial is tried again by the next run
 
 
+SHOWN = {"trial", "arm", "batch", "seed", "status"}  # what every result has, also that of a failed trial
+
+
 class Busy(Exception):
     """Another driver is at work on the study."""
+
+
+@contextlib.contextmanager
+def told(trial: Path) -> Iterator[None]:
+    """Adds the way out to the news of a damaged file."""
+    try:
+        yield
+    except Damaged as error:
+        raise Damaged(f"{error}; remove {trial} to train the trial again") from None
 
 
 class Store:
@@ -30,20 +42,39 @@ class Store:
         return self.directory / "trials" / trial_id
 
     def result(self, trial_id: str) -> dict[str, Any] | None:
+        """Raises Damaged for what is no result."""
         path = self.trial(trial_id) / "result.json"
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        with told(path.parent):
+            result = read_json(path)
+            if not isinstance(result, dict) or not result.keys() >= SHOWN:
+                raise Damaged(f"{path}: not the result of a trial")
+        return result
 
     def finished(self, trial_id: str) -> bool:
         result = self.result(trial_id)
         return result is not None and result["status"] in FINISHED
 
-    def results(self) -> list[dict[str, Any]]:
-        """All results on file, by trial id."""
-        return [read_json(p) for p in sorted(self.directory.glob("trials/*/result.json"))]
+    def trial_ids(self) -> list[str]:
+        """The trials of the recipe as it was last run; trials of an earlier form of it may lie beside them."""
+        path = self.directory / "trials.json"
+        if path.exists():
+            return list(map(str, read_json(path)))
+        return sorted(p.name for p in self.directory.glob("trials/*/"))
 
-    def rows(self, trial_id: str) -> list[dict[str, Any]]:
-        path = self.trial(trial_id) / "metrics.jsonl"
-        return read_lines(path) if path.exists() else []
+    def results(self) -> list[dict[str, Any]]:
+        """Results on file, in the order of the recipe."""
+        return [result for trial_id in self.trial_ids() if (result := self.result(trial_id))]
+
+    def rows(self, result: dict[str, Any]) -> list[dict[str, Any]]:
+        """The curve behind a result. Raises Damaged if it is not all there."""
+        path, steps = self.trial(result["trial"]) / "metrics.jsonl", result.get("steps")
+        with told(path.parent):
+            rows = read_lines(path) if path.exists() else []
+            if (rows[-1].get("step") if rows else None) != steps:
+                raise Damaged(f"{path}: does not reach step {steps}, at which the trial ended")
+        return rows
 
     def commit(self, result: dict[str, Any]) -> None:
         """The last thing that happens to a trial: from here on it is done."""
@@ -54,8 +85,12 @@ class Store:
             append_line(file, {"time": time.time(), "event": event, **fields})
 
     def status(self) -> dict[str, Any]:
-        path = self.directory / "status.json"
-        return read_json(path) if path.exists() else {}
+        """Empty if there is none that can be read: nothing depends on it."""
+        try:
+            status = read_json(self.directory / "status.json")
+        except (FileNotFoundError, Damaged):
+            return {}
+        return status if isinstance(status, dict) else {}
 
     def write_status(self, status: dict[str, Any]) -> None:
         write_json(self.directory / "status.json", status)
@@ -63,15 +98,17 @@ class Store:
     @contextlib.contextmanager
     def lock(self, wait: bool = False) -> Iterator[None]:
         """One driver per study: the kernel frees the lock however the holder ends. Raises Busy unless told to wait."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            self._take(handle, wait)
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        path = self.directory / ".lock"
+        with contextlib.ExitStack() as held:
+            file = None
+            while not (file and path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())):
+                held.close()  # of a study that was moved aside while we waited
+                self.directory.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(open(path, "a+b", buffering=0))
+                self._take(file.fileno(), wait)
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}".encode())
             yield
-        finally:
-            os.close(handle)
 
     def _take(self, handle: int, wait: bool) -> None:
         try:

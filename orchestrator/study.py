@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from orchestrator.environment import describe, resolve_precision
-from orchestrator.files import write_atomic, write_json
+from orchestrator.files import Damaged, write_atomic, write_json
 from orchestrator.recipe import Recipe, dump, expand, resolved
 from orchestrator.results import outcome
 from orchestrator.store import Store
@@ -21,8 +21,8 @@ from orchestrator.workloads import fingerprint
 
 # Keys that change no result: they may differ from one run of a study to the next.
 FREE = ("cluster", "engine", "tracking", "checkpoint", "workload.target")
-# Keys that may only grow.
-GROWING = ("epochs", "steps")
+# Keys that may only grow, of the base and of each arm's.
+GROWING = ("base.epochs", "base.steps")
 
 
 class Changed(Exception):
@@ -60,17 +60,17 @@ class Study:
     # ------------------------------------------------------------------------------------------- the recipe on file
 
     def check_unchanged(self) -> None:
-        """Raises Changed if a result on file would not answer for this recipe."""
+        """Raises Changed if a result on file would not answer for this recipe, Damaged if that cannot be told."""
         path = self.store.directory / "resolved.yaml"
         if path.exists():
-            lines = list(differences(yaml.safe_load(path.read_text()), resolved(self.recipe)))
+            lines = list(differences(_read_resolved(path), resolved(self.recipe)))
             if lines:
                 raise Changed("\n".join(lines))
 
     def set_aside(self) -> Path | None:
-        """Move an earlier study of this name out of the way; nothing is deleted."""
+        """Move an earlier study of this name, which we hold the lock of, out of the way; nothing is deleted."""
         old = self.store.directory
-        if not old.exists():
+        if not any(path.name != ".lock" for path in old.iterdir()):
             return None
         number = next(n for n in range(1, 10**6) if not old.with_name(f"{old.name}.old{n}").exists())
         return Path(shutil.move(old, old.with_name(f"{old.name}.old{number}")))
@@ -81,6 +81,7 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "recipe.yaml", self.source)
         write_atomic(folder / "resolved.yaml", dump(resolved(self.recipe)))
+        write_json(folder / "trials.json", [trial.id for trial in self.trials])
         write_json(folder / "env.json", describe())
 
     def adopt(self) -> None:
@@ -91,10 +92,20 @@ class Study:
                 self._adopt(trial, result)
 
     def _adopt(self, trial: Trial, result: dict[str, Any]) -> None:
-        new = result | outcome(self.store.rows(trial.id), trial.workload.target)
+        new = result | outcome(self.store.rows(result), trial.workload.target)
         new |= {"arm": trial.arm, "point": trial.point}
         if new != result:
             self.store.commit(new)
+
+
+def _read_resolved(path: Path) -> dict[str, Any]:
+    try:
+        old = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        old = None
+    if not isinstance(old, dict):
+        raise Damaged(f"{path}: damaged: remove it if the recipe is the same as before, or start afresh with --fresh")
+    return old
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
@@ -112,7 +123,7 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 
 
 def _grown(old: Any, new: Any, path: str) -> bool:
-    if path.rsplit(".", 1)[-1] in GROWING and isinstance(old, int | float) and isinstance(new, int | float):
+    if path.endswith(GROWING) and isinstance(old, int | float) and isinstance(new, int | float):
         return new > old
     if path == "seeds":
         return set(_seeds(old)) <= set(_seeds(new))

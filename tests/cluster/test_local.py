@@ -60,8 +60,10 @@ def test_the_place_of_an_error_in_a_library_is_the_caller() -> None:
 
 
 def test_ctrl_c_passes_through() -> None:
+    gang = LocalGang()
+    gang.start(Task(interrupt, None))
     with pytest.raises(KeyboardInterrupt):
-        LocalGang().start(Task(interrupt, None))
+        gang.poll(0)
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:

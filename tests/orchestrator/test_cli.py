@@ -91,9 +91,11 @@ def test_answers_without_torch_or_ray(words: tuple[str, ...], tmp_path: Path) ->
     [
         (("run", "nowhere.yaml"), "nowhere.yaml"),
         (("show", "."), "not a study directory"),
+        (("show", ".", "--json"), "not a study directory"),
         (("report", "."), "not a study directory"),
         (("status", "."), "study"),
         (("init", "--from", "quickstrat"), "quickstart"),
+        (("init", "no/such/folder.yaml"), "No such file or directory"),
     ],
 )
 def test_what_a_user_does_wrong_is_one_line(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
@@ -106,6 +108,29 @@ def test_missing_data_is_told_before_any_worker_is_taken(tmp_path: Path) -> None
     done = bigbatch("run", str(RECIPES / "quickstart.yaml"), "--set", "workload.data=mnist", cwd=tmp_path)
     assert done.returncode == 2 and "train-images-idx3-ubyte" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "runs" / "quickstart" / "journal.jsonl").exists()
+
+
+def test_several_workers_without_ray_is_one_line(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "sys.modules['ray'] = None\n"
+        f"sys.argv = ['bigbatch', 'run', {str(RECIPES / 'smoke.yaml')!r}, '--set', 'tracking={{}}']\n"
+        "from orchestrator.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 2
+    assert 'pip install "bigbatch[ray]"' in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_report_of_a_study_is_of_the_recipe_as_it_was_last_run(tmp_path: Path) -> None:
+    recipe = str(RECIPES / "smoke.yaml")
+    sets = ("--set", "cluster={launcher: solo, workers: 1}", "--set", "tracking={}")
+    for epochs in ("base.epochs=1", "base.epochs=2"):
+        last = bigbatch("run", recipe, *sets, "--set", epochs, cwd=tmp_path)
+    again = bigbatch("report", "runs/smoke", cwd=tmp_path)
+    assert again.stderr.splitlines() == last.stderr.splitlines()[-len(again.stderr.splitlines()) :]
+    assert len(bigbatch("show", "runs/smoke", cwd=tmp_path).stdout.splitlines()) == 2
 
 
 def test_a_batch_smaller_than_the_gang_is_refused() -> None:

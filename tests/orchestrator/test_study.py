@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from typing import Any
 import pytest
 
 from orchestrator.driver import drive
+from orchestrator.files import Damaged
 from orchestrator.recipe import load
 from orchestrator.store import Busy, Store
 from orchestrator.study import Changed, Study, differences
@@ -65,7 +70,7 @@ def test_a_study_from_end_to_end(runs: Path, capsys: pytest.CaptureFixture[str])
     results = Store(runs / "small").results()
     assert len(results) == 8 and {r["status"] for r in results} == {"done"}
     for result in results:
-        rows = Store(runs / "small").rows(result["trial"])
+        rows = Store(runs / "small").rows(result)
         assert [r["step"] for r in rows] == sorted({r["step"] for r in rows})
         assert rows[-1]["step"] == result["steps"] and rows[-1]["test_accuracy"] == result["final"]["test_accuracy"]
         hit = result["target"]
@@ -111,7 +116,7 @@ def test_a_new_target_is_read_from_the_curves(runs: Path) -> None:
     drive(study(runs))
     drive(study(runs, "workload.target={test_accuracy: 0.3}"))
     for result in Store(runs / "small").results():
-        rows = Store(runs / "small").rows(result["trial"])
+        rows = Store(runs / "small").rows(result)
         first = next((r for r in rows if r.get("test_accuracy", 0) >= 0.3), {})
         assert result["target"]["value"] == 0.3 and result["target"]["step"] == first.get("step")
 
@@ -127,6 +132,7 @@ def test_a_new_target_is_read_from_the_curves(runs: Path) -> None:
             "workload.model={mlp: {width: 32, depth: 2}}",
             "- workload.model.mlp.width: 16\n+ workload.model.mlp.width: 32",
         ),
+        ("workload.evaluate.epochs=2", "- workload.evaluate.epochs: 1.0\n+ workload.evaluate.epochs: 2.0"),
     ],
 )
 def test_a_changed_recipe_is_refused_with_a_diff(runs: Path, change: str, said: str) -> None:
@@ -148,6 +154,32 @@ def test_fresh_moves_the_old_study_aside(runs: Path) -> None:
     assert drive(study(runs, "base.rate.peak=0.1"), fresh=True) == 0
     assert len(Store(runs / "small.old1").results()) == 8
     assert len(trained(runs)) == 8
+
+
+@pytest.mark.usefixtures("no_report")
+def test_fresh_has_nothing_to_move_at_first(runs: Path) -> None:
+    assert drive(study(runs), fresh=True) == 0
+    assert [path.name for path in runs.iterdir() if path.name != ".phases"] == ["small"]
+
+
+def test_who_waited_for_a_study_that_is_moved_aside_locks_the_new_one(runs: Path) -> None:
+    """The lock that a second driver waits for moves away with the old study: it must not take it for the new one's."""
+    store, taken = Store(runs / "small"), threading.Event()
+
+    def second() -> None:
+        with store.lock(wait=True):
+            taken.set()
+
+    waiting = threading.Thread(target=second, daemon=True)
+    with store.lock():
+        waiting.start()
+        time.sleep(0.2)
+        (runs / "small").rename(runs / "small.old1")
+        aside = contextlib.ExitStack()
+        aside.enter_context(store.lock())  # of the new study
+    with aside:
+        assert not taken.wait(0.3)
+    assert taken.wait(5)
 
 
 @pytest.mark.usefixtures("no_report")
@@ -187,6 +219,65 @@ def test_a_failing_trial_is_told_and_the_others_go_on(runs: Path, capsys: pytest
     finally:
         sys.path.remove(str(runs.parent))
         sys.modules.pop("own_network", None)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_trial_is_on_file_before_the_next_one_is_trained(runs: Path) -> None:
+    """Also on this process alone, where a trial that is cut short must not take the one before with it."""
+    drive(study(runs))
+    told = [e["event"] for e in events(runs)]
+    assert told[1:5] == ["trial_started", "trial_started", "trial_ended", "trial_started"]
+    files = [runs / "small/trials" / trial for trial in trained(runs)]
+    for done, following in itertools.pairwise(files):
+        assert done.joinpath("result.json").stat().st_mtime_ns < following.joinpath("metrics.jsonl").stat().st_mtime_ns
+
+
+def damaged(runs: Path) -> str:
+    with pytest.raises(Damaged) as error:
+        drive(study(runs))
+    return str(error.value)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_damaged_files_are_named_and_nothing_is_made_up_for_them(runs: Path) -> None:
+    drive(study(runs))
+    trial = study(runs).trials[0].id
+    folder = runs / "small/trials" / trial
+    whole = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for name, content in (
+        ("result.json", b"{}"),
+        ("result.json", b""),
+        ("metrics.jsonl", b""),
+        ("metrics.jsonl", b"{}\n"),
+    ):
+        (folder / name).write_bytes(content)
+        assert name in (said := damaged(runs)) and said.endswith(f"remove {folder} to train the trial again")
+        assert name == "result.json" or (folder / "result.json").read_bytes() == whole["result.json"]
+        (folder / name).write_bytes(whole[name])
+    (folder / "metrics.jsonl").unlink()
+    assert "does not reach step " in damaged(runs)
+    shutil.rmtree(folder)
+    assert drive(study(runs)) == 0 and Store(runs / "small").finished(trial)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"a: [", b"\0\xff"])
+@pytest.mark.usefixtures("no_report")
+def test_a_damaged_recipe_on_file_is_told_and_a_damaged_status_is_no_matter(runs: Path, content: bytes) -> None:
+    text = RECIPE.replace("seeds: 2", "seeds: 1")
+    drive(study(runs, text=text))
+    (runs / "small/status.json").write_bytes(content)
+    assert drive(study(runs, text=text)) == 0
+    (runs / "small/resolved.yaml").write_bytes(content)
+    with pytest.raises(Damaged, match=r"resolved\.yaml: damaged"):
+        drive(study(runs, text=text))
+
+
+@pytest.mark.usefixtures("no_report")
+def test_trials_of_an_earlier_form_of_the_recipe_are_no_part_of_the_study(runs: Path) -> None:
+    drive(study(runs))
+    drive(study(runs, "base.epochs=3"))
+    now = [trial.id for trial in study(runs, "base.epochs=3").trials]
+    assert Store(runs / "small").trial_ids() == now == [r["trial"] for r in Store(runs / "small").results()]
 
 
 @pytest.mark.usefixtures("no_report")
