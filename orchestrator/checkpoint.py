@@ -60,6 +60,12 @@ def decode(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return decode(content, tensors)  # state, object
 
 
+def snapshot(value: Any) -> Any:
+    """A copy of `value` on the CPU, decoded, which nothing changes."""
+    tensors: dict[str, torch.Tensor] = {}
+    return decode(encode(value, tensors), tensors)
+
+
 def restore(old: Any, new: Any) -> Any:
     """`new` (decoded) in the place of `old`: tensors and objects are filled where they stand, since layers refer to them."""
     if isinstance(old, State):

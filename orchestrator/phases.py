@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load, save
 
+from orchestrator import checkpoint
 from orchestrator.files import read_json, sync_directory, write_atomic, write_json
 from orchestrator.identity import canonical, digest
 from strategies.contract import Plan
@@ -23,6 +24,7 @@ class Record:
     weights: dict[str, torch.Tensor]
     rows: list[dict[str, Any]]  # the phase's part of metrics.jsonl
     progress: dict[str, Any]  # the trainer's progress at the end of the phase
+    state: Any = None  # of the learner, decoded, where the phase hands it on
 
 
 def key(plan: Plan, index: int, context: dict[str, Any]) -> str:
@@ -43,7 +45,8 @@ class PhaseStore:
             record, blob = read_json(folder / "record.json"), (folder / "weights.safetensors").read_bytes()
             if hashlib.sha256(blob).hexdigest() != record["sha256"]:
                 raise ValueError("weights.safetensors differs from its checksum")
-            return Record(load(blob), record["rows"], record["progress"])
+            content = checkpoint.decode(record["content"], load(blob))
+            return Record(content["weights"], record["rows"], record["progress"], content["state"])
         except (OSError, ValueError, KeyError) as error:
             warnings.warn(f"{folder}: damaged phase passed over ({error})", stacklevel=2)
             return None
@@ -54,8 +57,11 @@ class PhaseStore:
             return
         final, part = self.root / name, self.root / f".{name}.{os.getpid()}"
         shutil.rmtree(final, ignore_errors=True)
-        blob = save({k: v.detach().to("cpu", copy=True).contiguous() for k, v in record.weights.items()})
-        facts = {"rows": record.rows, "progress": record.progress, "sha256": hashlib.sha256(blob).hexdigest()}
+        tensors: dict[str, torch.Tensor] = {}
+        content = checkpoint.encode({"weights": dict(record.weights), "state": record.state}, tensors)
+        blob = save(tensors)
+        facts = {"rows": record.rows, "progress": record.progress, "content": content}
+        facts |= {"sha256": hashlib.sha256(blob).hexdigest()}
         part.mkdir(parents=True, exist_ok=True)
         write_atomic(part / "weights.safetensors", blob)
         write_json(part / "record.json", facts)

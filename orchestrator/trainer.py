@@ -18,7 +18,7 @@ from orchestrator.phases import PhaseStore, Record
 from orchestrator.recipe.schema import Interval, Target
 from orchestrator.results import reached
 from orchestrator.workloads.order import micro, share
-from strategies.contract import Batch, Clock, Plan, State, Weights, Worker, mix
+from strategies.contract import Batch, Clock, Plan, State, Stream, Weights, Worker, mix
 from strategies.net import Net
 
 EXPLODED = 3.0  # times the first loss: a trial that stays above it for 1 % of its steps has diverged
@@ -76,16 +76,16 @@ class Trainer:
         if found:
             self.progress = Progress(**found["progress"])
         self.rows.trim(self.progress.steps)
-        weights: Weights | None = found["carried"] if found else None
+        carried = Carried(found["carried"]) if found else Carried()
         for index in range(self.progress.phase, len(self.job.plan.phases)):
-            weights = self._phase(index, weights, found)
+            carried = self._phase(index, carried, found)
             found = None
             if self.progress.status != "running":
                 return self.progress
         self.progress.status = "done"
         return self.progress
 
-    def _phase(self, index: int, carried: Weights | None, found: dict[str, Any] | None) -> Weights:
+    def _phase(self, index: int, carried: Carried, found: dict[str, Any] | None) -> Carried:
         name = phases.key(self.job.plan, index, self.job.context)
         record = self.job.store.get(name)
         if self._all_have(record):
@@ -98,26 +98,35 @@ class Trainer:
         run.train()
         self.micro, self.parameters = run.micro, sum(p.numel() for p in run.net.parameters())
         if self.worker.rank == 0 and self.progress.status != "diverged":
-            self.job.store.put(name, Record(run.weights(), self.rows.of_phase(index), asdict(self.progress)))
-        return run.weights()
+            record = Record(run.weights(), self.rows.of_phase(index), asdict(self.progress), run.handed_on)
+            self.job.store.put(name, record)
+        return Carried(run.weights(), run.handed_on)
 
     def _all_have(self, record: Record | None) -> bool:
         """Ranks look at different moments, while another gang may be finishing this very phase."""
         have = torch.tensor(float(record is not None), device=self.worker.device)
         return self.worker.sum_(have).item() == self.worker.size
 
-    def _reuse(self, record: Record) -> Weights:
+    def _reuse(self, record: Record) -> Carried:
         self.rows.trim(record.progress["steps"] - record.progress["step"])  # rows of an unfinished attempt at the phase
         self.rows.extend(record.rows)
         reused = self.progress.reused_steps + record.progress["step"]
         self.progress = Progress(**record.progress | {"reused_steps": reused, "status": record.progress["status"]})
-        return record.weights
+        return Carried(record.weights, record.state)
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What a phase takes over from the one before."""
+
+    weights: Weights | None = None
+    state: Any = None  # decoded
 
 
 class PhaseRun:
     """One phase on one worker: network, learner state, and the loop."""
 
-    def __init__(self, job: Job, worker: Worker, progress: Progress, rows: Rows, carried: Weights | None):
+    def __init__(self, job: Job, worker: Worker, progress: Progress, rows: Rows, carried: Carried):
         self.job, self.worker, self.progress, self.rows, self.carried = job, worker, progress, rows, carried
         self.phase = phase = job.plan.phases[progress.phase]
         self.steps = phase.steps(job.dataset.examples)
@@ -125,6 +134,9 @@ class PhaseRun:
         self.net = self._build()
         self.micro = self._micro_batch()
         self.state: State = phase.learner.init(self.net, worker)
+        if carried.state is not None:
+            checkpoint.restore(self.state, carried.state)
+        self.handed_on: Any = None
         self.window: dict[str, torch.Tensor] = {}  # sums of this rank's metrics since the last row
         self.window_start = progress.step
         self.watch = Stopwatch(worker.device)
@@ -139,8 +151,8 @@ class PhaseRun:
         net = net.to(device=self.worker.device, dtype=job.dtype)
         if len(job.dataset.inputs) == 3:
             net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.carried is not None:
-            self.phase.carry(self.carried, net)
+        if self.carried.weights is not None:
+            self.phase.carry(self.carried.weights, net)
         return net
 
     def _micro_batch(self) -> int:
@@ -163,6 +175,7 @@ class PhaseRun:
             self._step()
             if self._due():
                 self._log()
+        self.handed_on = checkpoint.snapshot(self.state) if self.phase.hands_on else None
         self.phase.learner.finish(self.state)
 
     def _step(self) -> None:
@@ -189,10 +202,14 @@ class PhaseRun:
         """This rank's micro-batches of the step. Positions count on through all phases: none sees another's order."""
         first = self.progress.examples
         begin, end = share(first, first + self.phase.batch, self.worker.rank, self.worker.size)
-        batches = [self._train_batch(a, b) for a, b in micro(begin, end, self.micro)]
+        return [self._mapped(a, b, clock) for a, b in micro(begin, end, self.micro)]
+
+    def _mapped(self, start: int, stop: int, clock: Clock) -> Batch:
+        batch = self._train_batch(start, stop)
+        stream = Stream(lambda n: self._train_batch(start + n, stop + n), self.job.dataset.classes)
         for change in self.phase.maps:
-            batches = [change(batch, clock) for batch in batches]
-        return batches
+            batch = change(batch, clock, stream)
+        return batch
 
     # ------------------------------------------------------------------------------------------ log, evaluate, save
 
@@ -250,7 +267,7 @@ class PhaseRun:
         ended = self.progress.step == self.steps or self.progress.status != "running"
         if self.worker.rank or ended or time.monotonic() - self.saved_at < self.job.save_seconds:
             return
-        content = {"progress": asdict(self.progress), "state": self.state, "carried": self.carried}
+        content = {"progress": asdict(self.progress), "state": self.state, "carried": self.carried.weights}
         checkpoint.save(self.job.directory / "checkpoints", self.progress.steps, content, self.job.keep)
         self.saved_at = time.monotonic()
 

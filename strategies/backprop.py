@@ -42,6 +42,10 @@ class Update:
     def after(self, state: State, clock: Clock) -> None:
         """Weights have moved."""
 
+    def metrics(self, state: State) -> Metrics:
+        """What to log of the step, as this rank's share: logged are means over steps of sums over ranks."""
+        return {}
+
     def weights(self, state: State) -> Mapping[str, Tensor] | None:
         """The weights to evaluate and to keep, where they are not the network's own."""
         return None
@@ -128,7 +132,10 @@ class Backprop:
         loss = sum(self._micro(live, batch, clock, last=batch is batches[-1]) for batch in batches)
         _set_rate(live.optimizer, self.rate(clock))
         self._apply(state, clock)
-        return {"loss": loss}  # type: ignore[dict-item]
+        metrics: Metrics = {"loss": loss}  # type: ignore[dict-item]
+        for update, own in zip(self.updates, state.saved["updates"], strict=True):
+            metrics |= update.metrics(own)
+        return metrics
 
     def _micro(self, live: Live, batch: Batch, clock: Clock, last: bool) -> Tensor:
         share = len(batch) / clock.batch
@@ -160,7 +167,7 @@ class Backprop:
             return functional_call(live.net, averaged, (x,)) if averaged else live.net(x)
 
     def averaged(self, state: State) -> dict[str, Tensor]:
-        """Weights that updates put in place of the network's own; the last one to speak wins."""
+        """Weights that an update puts in place of the network's own."""
         found = [update.weights(own) for update, own in zip(self.updates, state.saved["updates"], strict=True)]
         return {name: value for weights in found if weights for name, value in weights.items()}
 
@@ -188,4 +195,7 @@ def amend(phase: Phase, by: object, *, updates: tuple[Update, ...] = (), **chang
         )
     new = {field: change(getattr(learner, field)) for field, change in changes.items()}
     learner = dataclasses.replace(learner, updates=learner.updates + updates, **new)
+    averages = [update for update in learner.updates if type(update).weights is not Update.weights]
+    if len(averages) > 1:
+        raise PlanError(f"{averages[0]} and {averages[1]} both average weights in phase '{phase.name}': leave one out")
     return dataclasses.replace(phase, learner=learner)

@@ -142,7 +142,19 @@ Carry: TypeAlias = "Callable[[Weights, Net], None]"
 """Old weights into the new network, in place."""
 Source: TypeAlias = "Callable[[Batch, Net], Batch]"
 """A batch as this phase's network sees it, in training and in evaluation."""
-BatchMap: TypeAlias = "Callable[[Batch, Clock], Batch]"
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What a map may see beside its micro-batch, alike however a batch is shared out."""
+
+    ahead: Callable[
+        [int], Batch
+    ]  # the unmapped examples that stand so many places further on than the micro-batch's own
+    classes: int
+
+
+BatchMap: TypeAlias = "Callable[[Batch, Clock, Stream], Batch]"
 """A change of the training batch."""
 Objective: TypeAlias = "Callable[[Predict, Batch, Clock], Tensor]"
 """-> () mean loss over the micro-batch."""
@@ -199,6 +211,7 @@ class Phase:
     source: Source = all_data
     surgery: tuple[Surgery, ...] = ()
     maps: tuple[BatchMap, ...] = ()
+    hands_on: bool = False  # the next phase goes on with this one's learner state, not with its weights alone
 
     def steps(self, examples: int) -> int:
         """Optimizer steps on a data set of `examples`: the epochs, rounded up to whole batches but not by rounding errors."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 SATURATION = 0.25  # of the data set: beyond, sampling without replacement pulls the estimate down
 
@@ -31,10 +32,14 @@ def estimate(squares: Sequence[float], sizes: Sequence[int], mean_square: float)
     """
     if len(sizes) < 2:
         raise ValueError(f"noise needs at least 2 parts of a batch, got {len(sizes)}: add workers, or accumulate")
-    examples = sum(sizes)
-    spread = sum(b * q for b, q in zip(sizes, squares, strict=True)) - examples * mean_square
-    trace = spread / (len(sizes) - 1)
-    return Noise(trace, mean_square - trace / examples)
+    weighted = sum(b * q for b, q in zip(sizes, squares, strict=True))
+    return Noise(*from_sums(weighted, len(sizes), sum(sizes), mean_square))
+
+
+def from_sums(weighted: Any, parts: Any, examples: int, mean_square: Any) -> tuple[Any, Any]:
+    """(trace, signal) from sum b_i |g_i|^2, W, B and |g|^2, which are numbers or () tensors."""
+    trace = (weighted - examples * mean_square) / (parts - 1)
+    return trace, mean_square - trace / examples
 
 
 def pooled(estimates: Iterable[Noise]) -> Noise:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from strategies.backprop import Update, amend
-from strategies.contract import Clock, Phase, Plan, PlanError, State, Strategy, Worker, option
+from strategies.contract import Clock, Plan, PlanError, State, Strategy, Worker, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,16 +24,7 @@ class Swa(Strategy):
     start: float = option(0.75, "share of the run after which weights are averaged; 1: never", ge=0, le=1)
 
     def edit(self, plan: Plan) -> Plan:
-        return plan.map(self._amend)
-
-    def _amend(self, phase: Phase) -> Phase:
-        updates = getattr(phase.learner, "updates", ())
-        other = next((u for u in updates if type(u).weights is not Update.weights), None)
-        if other:
-            raise PlanError(
-                f"swa averages weights, and so does {other} in phase '{phase.name}': leave one of the two out"
-            )
-        return amend(phase, self, updates=(LateAverage(self.start),))
+        return plan.map(lambda phase: amend(phase, self, updates=(LateAverage(self.start),)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from strategies.backprop import amend
 from strategies.contract import ModelSpec, Phase, Plan
 from strategies.net import Net
 from strategies.optimizers import AdamW
+from strategies.rate import Rate, Steps
 
 
 def as_it_is(plan: Plan) -> Plan:
@@ -24,6 +25,11 @@ def with_adamw(plan: Plan) -> Plan:
         return amend(phase, plan, optimizer=lambda old: AdamW(weight_decay=1e-2))
 
     return plan.map(change)
+
+
+def with_step_decay(plan: Plan) -> Plan:
+    rate = Rate(0.1, warmup=0.5, decay=Steps((0.5,), 0.5))
+    return plan.map(lambda phase: amend(phase, plan, rate=lambda old: rate))
 
 
 def normalised_net(inputs: tuple[int, ...], classes: int) -> Net:
@@ -40,12 +46,15 @@ class Case:
     acts: dict[str, Any]  # options under which the method changes the result
     neutral: dict[str, Any]  # options under which it must not
     base: Callable[[Plan], Plan] = as_it_is  # makes of the usual baseline the one that the method works on
+    micro: int = 64  # examples per forward pass where a law does not say otherwise: whole batches
     micro_batches: tuple[tuple[int, int], ...] = ((12, 5), (11, 4))  # law 2: (batch, micro-batch); 12 = 4 + 4 + 4
     shares: tuple[tuple[int, int], ...] = ((12, 2), (11, 2))  # law 3: the same; 11: shares of 5 and 6
+    measures: bool = False  # logs, and changes nothing
     repeats: bool = True  # law 8; not where the examples of a batch are normalised together
 
 
 CASES: dict[str, Case] = {
+    "batch_growth": Case(acts={}, neutral={"largest": 1}, base=with_step_decay),
     "ema": Case(acts={"half_life": 0.5}, neutral={"half_life": 0.0}),
     "ghost_batch_norm": Case(
         acts={"size": 3},
@@ -59,6 +68,8 @@ CASES: dict[str, Case] = {
     "label_smoothing": Case(acts={"amount": 0.2}, neutral={"amount": 0.0}),
     "lamb": Case(acts={}, neutral={"trust": False}, base=with_adamw),
     "lars": Case(acts={"trust": 0.1}, neutral={"trust": 0.0, "form": "torch"}),
+    "mixup": Case(acts={"alpha": 0.4}, neutral={"alpha": 0.0}),
     "muon": Case(acts={"rate": 0.5}, neutral={"smallest": 1000}),
+    "noise_scale": Case(acts={}, neutral={}, micro=6, measures=True),
     "swa": Case(acts={"start": 0.5}, neutral={"start": 1.0}),
 }

@@ -53,7 +53,7 @@ def test_the_average_is_evaluated_and_kept(tmp_path: Path) -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"swa averages weights, and so does Average\(half_life=1.0\) in phase 'train'"):
+    with pytest.raises(PlanError, match=r"Average\(half_life=1.0\) and LateAverage\(.* both average weights"):
         Swa().edit(Ema().edit(baseline()))
     with pytest.raises(PlanError, match=r"running statistics of 1 batch norms \(stages.0.1"):
         train(Swa().edit(with_batch_norm(baseline())), tmp_path)
