@@ -66,8 +66,8 @@ class Rank:
             store.set(f"node/{self.rank}", own)
             nodes = {store.get(f"node/{rank}").decode() for rank in range(self.size)}
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface(nodes, own)
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=limit)
+            kind = backend(self.device)
+            dist.init_process_group(kind, store=store, rank=self.rank, world_size=self.size, timeout=limit)
         return Seat(self.rank, ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid())
 
     def run(self, task: Task) -> Done | Failed:
@@ -98,6 +98,11 @@ class Rank:
 
     def ping(self) -> None:
         """Answered while a task runs, unless the process is stopped."""
+
+
+def backend(device: Any) -> str:
+    """What carries collectives between ranks on `device`."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def interface(nodes: set[str], own: str) -> str:

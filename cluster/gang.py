@@ -14,7 +14,7 @@ import psutil
 
 from cluster.actor import Rank, Seat
 from cluster.session import capacity, connect, disconnect, gpus_each, ray
-from cluster.tasks import Done, Failed, Lost, Outcome, Task, failure
+from cluster.tasks import Done, Failed, Lost, Outcome, Task, failure, root_cause
 
 __all__ = ["RayGang", "capacity", "connect", "disconnect"]
 
@@ -139,11 +139,6 @@ class RayGang:
             ray.util.remove_placement_group(self.group)
         psutil.wait_procs(self.processes, timeout=STOP_LIMIT)
         self.ranks, self.processes = [], []
-
-
-def root_cause(failures: list[Failed]) -> Failed:
-    """The earliest error that is no mere effect of a lost peer, if there is one."""
-    return min(failures, key=lambda failed: (failed.lost_peer, failed.time))
 
 
 class Pulse:

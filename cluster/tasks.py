@@ -118,6 +118,11 @@ def failure(rank: int, host: str, error: BaseException) -> Failed:
     return Failed(rank, host, type(error).__name__, lines[0] if lines else "", place(error), text, time.time())
 
 
+def root_cause(failures: list[Failed]) -> Failed:
+    """The earliest error that is no mere effect of a lost peer, if there is one."""
+    return min(failures, key=lambda failed: (failed.lost_peer, failed.time))
+
+
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
 

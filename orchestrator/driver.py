@@ -14,6 +14,7 @@ from typing import Any
 from cluster.controller import Action, Life, State, advance
 from cluster.policies import FailurePolicy
 from cluster.tasks import ClusterError, Done, Failed, Gang, Lost, Outcome, Task
+from cluster.torchrun import blame
 from orchestrator import wandb_mirror
 from orchestrator.files import Tail, write_json
 from orchestrator.launch import Launcher
@@ -88,7 +89,7 @@ class Driver:
         return code
 
     def _trials(self) -> int:
-        with Progress() as self.view, Signals(at_once=self.launcher.solo) as signals:
+        with Progress() as self.view, Signals(at_once=self.launcher.in_process) as signals:
             try:
                 self.idle = self.launcher.open(len(self.waiting))
                 signals.arm()
@@ -103,6 +104,8 @@ class Driver:
                 pass
             except SystemExit:  # Ray's own SIGTERM handler, which stands until `arm`
                 signals.code = signals.code or TERMINATED
+            if self.waiting and signals.code is None:  # a worker is gone, and only its launcher can start it again
+                return TERMINATED
             return signals.code or (SOME_FAILED if self.counts["failed"] else OK)
 
     # ------------------------------------------------------------------------------------------------ trials and gangs
@@ -151,7 +154,8 @@ class Driver:
             self._failed(run, outcome)
         self.began.pop(gang.name, None)  # what follows on a new gang tells nothing about gaps
         if self.waiting:
-            self.idle.append(self.launcher.replace(gang))
+            anew = self.launcher.replace(gang)
+            self.idle += [anew] if anew else []
         else:
             gang.close()
 
@@ -177,9 +181,10 @@ class Driver:
             print(f"{run.trial.id}: rank {outcome.rank} was lost ({reason}); a new gang goes on", file=sys.stderr)
 
     def _failed(self, run: Run, outcome: Failed | Lost) -> None:
-        error = asdict(outcome) | {"hint": run.life.hint}
-        write_json(self.store.trial(run.trial.id) / "error.json", error)
-        self._commit(run, failure(run.trial, one_line(outcome, run.life.hint)))
+        folder, cause = self.store.trial(run.trial.id), one_line(outcome, run.life.hint)
+        write_json(folder / "error.json", asdict(outcome) | {"hint": run.life.hint})
+        blame(f"trial {run.trial.id}: {cause}; log: {folder}/logs/rank_{outcome.rank}.log")
+        self._commit(run, failure(run.trial, cause))
         if self.fail_fast:
             self.waiting.clear()
 

@@ -1,9 +1,10 @@
-"""Where gangs come from: this process alone, or Ray."""
+"""Where gangs come from: this process alone, the ranks of torchrun, or Ray."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from cluster import torchrun
 from cluster.local import LocalGang
 from cluster.tasks import Gang
 from orchestrator.recipe.schema import Cluster
@@ -14,14 +15,17 @@ class Launcher:
 
     def __init__(self, cluster: Cluster):
         self.cluster = cluster
-        one = cluster.workers == 1 and cluster.gangs in (1, "auto")
-        self.solo = cluster.launcher == "solo" or (cluster.launcher == "auto" and one)
+        self.kind: str = cluster.launcher
+        if self.kind == "auto":
+            one = cluster.workers == 1 and cluster.gangs in (1, "auto")
+            self.kind = "torchrun" if torchrun.started() else "solo" if one else "gang"
+        self.in_process = self.kind in ("solo", "torchrun")  # trials run in the driver's own process
         self.disconnect: Callable[[], None] = lambda: None
 
     def open(self, trials: int) -> list[Gang]:
         """As many gangs as the recipe says, the cluster holds and the trials can use. Raises ClusterError."""
-        if self.solo:
-            return [LocalGang()]
+        if self.in_process:
+            return [self._gang(0)]
         from cluster import gang
 
         self.disconnect = gang.disconnect
@@ -31,15 +35,25 @@ class Launcher:
         return [self._gang(i) for i in range(min(room if wanted == "auto" else wanted, room, trials))]
 
     def _gang(self, number: int) -> Gang:
-        from cluster import gang
+        workers, threads, timeout = self.cluster.workers, self.cluster.threads, self.cluster.timeout
+        if self.kind == "solo":
+            return LocalGang()
+        if self.kind == "torchrun":
+            return torchrun.TorchrunGang(workers, timeout)
+        if self.kind == "ray_train":
+            from cluster.ray_train import TrainGang
 
-        cluster = self.cluster
-        return gang.RayGang(cluster.workers, cluster.threads, timeout=cluster.timeout, name=f"gang{number}")
+            return TrainGang(workers, threads, timeout=timeout, name=f"gang{number}")
+        from cluster.gang import RayGang
 
-    def replace(self, gang: Gang) -> Gang:
-        """A new gang for one that can no longer be used."""
+        return RayGang(workers, threads, timeout=timeout, name=f"gang{number}")
+
+    def replace(self, gang: Gang) -> Gang | None:
+        """A new gang for one that can no longer be used; None where lost workers cannot be started anew from here."""
         gang.close()
-        return LocalGang() if self.solo else self._gang(int(gang.name.removeprefix("gang")))
+        if isinstance(gang, torchrun.TorchrunGang) and gang.lost:
+            return None
+        return self._gang(0 if self.in_process else int(gang.name.removeprefix("gang")))
 
     def close(self, gangs: Iterable[Gang]) -> None:
         """End these gangs, and leave the cluster."""
