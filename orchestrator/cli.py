@@ -22,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+ROOT = str(Path(__file__).resolve().parents[1])  # of our packages
 USAGE, FAILED, BUSY, INTERRUPTED = 2, 3, 75, 130
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe: .yaml, .yml or .json")]
@@ -64,6 +65,9 @@ def plain_errors() -> Iterator[None]:
     except Busy as error:
         say(str(error))
         raise typer.Exit(BUSY) from None
+    except OSError as error:  # no right to write, disk full, a file where a folder should be
+        say(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+        raise typer.Exit(USAGE) from None
 
 
 def open_study(path: Path, sets: list[str] | None, allow_code: bool, output: Path = Path("runs")) -> Any:
@@ -71,16 +75,15 @@ def open_study(path: Path, sets: list[str] | None, allow_code: bool, output: Pat
     from orchestrator.study import Study
 
     recipe = load(path, sets or (), allow_code=allow_code)
-    if allow_code:
-        import_from_here()
+    import_also_from([os.getcwd()] if allow_code else [])
     return Study(recipe, path.read_text(encoding="utf-8"), output)
 
 
-def import_from_here() -> None:
-    """The user's own modules are found in the current folder, by this process and by the workers that it starts."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+def import_also_from(folders: list[str]) -> None:
+    """Modules in these folders are found by this process and by those that it starts. So are our own packages, also where
+    the current folder holds folders of their names: an editable install alone would lose against those."""
+    sys.path[:] = [*folders, *sys.path, ROOT]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (*folders, os.environ.get("PYTHONPATH"), ROOT)))
 
 
 @app.command()
@@ -243,11 +246,8 @@ def init(
         what = f"{target} exists: it is left as it is" if source else f"no recipe {name!r}"
         say(f"{what}; shipped recipes: {', '.join(p.stem for p in shipped)}")
         raise typer.Exit(USAGE)
-    try:
+    with plain_errors():
         target.write_text(source.read_text())
-    except OSError as error:
-        say(f"{target}: {error.strerror}")
-        raise typer.Exit(USAGE) from None
     say(f"wrote {target}; next: bigbatch validate {target}")
 
 

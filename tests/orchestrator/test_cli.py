@@ -110,6 +110,22 @@ def test_missing_data_is_told_before_any_worker_is_taken(tmp_path: Path) -> None
     assert not (tmp_path / "runs" / "quickstart" / "journal.jsonl").exists()
 
 
+def test_folders_of_the_same_names_do_no_harm(tmp_path: Path) -> None:
+    for name in ("cluster", "orchestrator", "strategies"):
+        (tmp_path / name).mkdir()
+    command = [Path(sys.executable).with_name("bigbatch"), "run", RECIPES / "smoke.yaml", "--allow-code"]
+    command += ["--set", "cluster={launcher: solo, workers: 1}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/smoke/wandb_mirror.log").read_text() == ""
+
+
+def test_a_file_in_the_place_of_the_runs_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    done = bigbatch("run", str(RECIPES / "smoke.yaml"), cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == "runs/smoke: Not a directory\n"
+
+
 def test_several_workers_without_ray_is_one_line(tmp_path: Path) -> None:
     script = (
         "import sys\n"
