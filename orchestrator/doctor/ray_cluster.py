@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import ipaddress
 import urllib.error
 import urllib.request
@@ -26,7 +27,8 @@ def version() -> Finding:
         return warn("ray", "not installed: one worker only", 'pip install "bigbatch[ray]"')
     if tuple(int(part) for part in found.split(".")[:2]) < OLDEST:
         return bad("ray", f"{found}: web pages can run code through it (CVE-2025-62593)", 'pip install "ray>=2.52"')
-    return ok("ray", found)
+    jobs = importlib.util.find_spec("aiohttp_cors")
+    return ok("ray", found if jobs else f"{found}, without the Jobs client: bigbatch submit needs ray[default]")
 
 
 def authentication() -> Finding:

@@ -136,6 +136,12 @@ def test_an_address_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
         jobs.knock(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
+def test_plain_ray_has_no_jobs_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray.job_submission", None)
+    with pytest.raises(jobs.ClusterError, match=r'pip install "ray\[default\]"'):
+        jobs.shipped(tmp_path, [])
+
+
 def test_files_that_ray_would_ship(tmp_path: Path) -> None:
     """The same files as in the package that Ray itself makes, and its size to within a thousandth."""
     from ray._private.runtime_env.packaging import create_package
