@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import statistics
@@ -90,23 +91,30 @@ class Driver:
 
     def _trials(self) -> int:
         with Progress() as self.view, Signals(at_once=self.launcher.in_process) as signals:
-            try:
-                self.idle = self.launcher.open(len(self.waiting))
-                signals.arm()
-                while signals.code is None and (self.busy or (self.waiting and self.idle)):
-                    self._dispatch()
-                    self._tick()
-                    self._poll()
-            except ClusterError as error:
-                print(f"bigbatch: {error}", file=sys.stderr)
-                return USAGE
-            except Stopped:
-                pass
-            except SystemExit:  # Ray's own SIGTERM handler, which stands until `arm`
-                signals.code = signals.code or TERMINATED
-            if self.waiting and signals.code is None:  # a worker is gone, and only its launcher can start it again
-                return TERMINATED
-            return signals.code or (SOME_FAILED if self.counts["failed"] else OK)
+            code = self._loop(signals)
+            self._conclude(code)
+            with contextlib.suppress(Stopped):  # by a second signal
+                self.view.update(self.status())
+        return code
+
+    def _loop(self, signals: Signals) -> int:
+        try:
+            self.idle = self.launcher.open(len(self.waiting))
+            signals.arm()
+            while signals.code is None and (self.busy or (self.waiting and self.idle)):
+                self._dispatch()
+                self._tick()
+                self._poll()
+        except ClusterError as error:
+            print(f"bigbatch: {error}", file=sys.stderr)
+            return USAGE
+        except Stopped:
+            pass
+        except SystemExit:  # Ray's own SIGTERM handler, which stands until `arm`
+            signals.code = signals.code or TERMINATED
+        if self.waiting and signals.code is None:  # a worker is gone, and only its launcher can start it again
+            return TERMINATED
+        return signals.code or (SOME_FAILED if self.counts["failed"] else OK)
 
     # ------------------------------------------------------------------------------------------------ trials and gangs
 
@@ -237,12 +245,15 @@ class Driver:
             counts[result["status"]] += result["trial"] not in waiting
         return counts
 
-    def _end(self, code: int) -> None:
+    def _conclude(self, code: int) -> None:
         self.exit_code = code
         self.state = {OK: "done", SOME_FAILED: "failed", USAGE: "failed"}.get(code, "interrupted")
-        for _, run in self.busy.values():
+        for gang, run in self.busy.values():
             self.waiting.appendleft(run)
+            self.idle.append(gang)
         self.busy.clear()
+
+    def _end(self, code: int) -> None:
         self.store.journal("study_ended", state=self.state, exit_code=code)
         self.store.write_status(self.status())
         if self.state == "interrupted":

@@ -116,11 +116,20 @@ def _running(running: list[dict[str, Any]]) -> Table:
     for column in ("step", "epoch", "loss", "accuracy", "examples/s"):
         table.add_column(column, justify="right")
     for trial in running[:ROWS]:
-        values = (trial.get(key) for key in ("epoch", "train_loss", "test_accuracy", "examples_per_second"))
-        table.add_row(Text(name(trial)), f"{trial['step']}/{trial['steps']}", *(number(v) for v in values))
+        values = (number(trial.get(key)) for key in ("train_loss", "test_accuracy", "examples_per_second"))
+        table.add_row(Text(name(trial)), *(_of(trial, done, all_) for done, all_ in BUDGETS), *values)
     if len(running) > ROWS:
         table.add_row(f"and {len(running) - ROWS} more")
     return table
+
+
+BUDGETS = (("step", "steps"), ("epoch", "epochs"))  # a recipe gives one of the two
+
+
+def _of(trial: dict[str, Any], done: str, budget: str) -> str:
+    """`40/140`, `40` where there is no such budget."""
+    total = trial.get(budget)
+    return number(trial.get(done)) + (f"/{number(total)}" if total else "")
 
 
 class Progress:

@@ -58,6 +58,8 @@ class Progress:
     exploded_since: int | None = None  # step since which the loss has been too high
     status: str = "running"  # done, diverged
     reused_steps: int = 0
+    micro_batch: int = 0  # of the last phase, where it was trained
+    parameters: int = 0  # likewise
 
 
 class Trainer:
@@ -67,8 +69,6 @@ class Trainer:
         self.job, self.worker = job, worker
         self.progress = Progress()
         self.rows = Rows(job.directory / "metrics.jsonl", writes=worker.rank == 0)
-        self.micro = job.micro_batch or 0
-        self.parameters = 0
 
     def run(self) -> Progress:
         """Trains what is left of the plan, from the newest checkpoint if there is one."""
@@ -95,8 +95,8 @@ class Trainer:
         run = PhaseRun(self.job, self.worker, self.progress, self.rows, carried)
         if found:
             checkpoint.restore(run.state, found["state"])
+        self.progress.micro_batch, self.progress.parameters = run.micro, sum(p.numel() for p in run.net.parameters())
         run.train()
-        self.micro, self.parameters = run.micro, sum(p.numel() for p in run.net.parameters())
         if self.worker.rank == 0 and self.progress.status != "diverged":
             record = Record(run.weights(), self.rows.of_phase(index), asdict(self.progress), run.handed_on)
             self.job.store.put(name, record)

@@ -88,6 +88,13 @@ def test_view_of_a_trial_without_metrics_and_of_an_unknown_eta() -> None:
     assert "ETA ?" in text and "0/140" in text and "None" not in text
 
 
+def test_view_of_a_trial_whose_budget_is_in_epochs() -> None:
+    row = a_status()["running"][0] | {"steps": None, "epochs": 20.0}
+    text = shown(a_status(running=[row, row | {"step": None, "epoch": None}]))
+    lines = [line.split() for line in text.splitlines() if "batch" in line]
+    assert lines[0][5:7] == ["40", "1.78/20"] and lines[1][5:7] == ["-", "-/20"]
+
+
 def test_view_stays_short_with_many_gangs() -> None:
     text = shown(a_status(running=a_status()["running"] * 40))
     assert len(text.splitlines()) < 20 and "and 28 more" in text

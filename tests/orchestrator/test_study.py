@@ -193,6 +193,7 @@ def test_phases_are_shared_by_studies(runs: Path) -> None:
         twin = Store(runs / "small").result(result["trial"])
         assert twin is not None and result["reused"] and not twin["reused"]
         assert result["final"] == twin["final"] and result["target"]["step"] == twin["target"]["step"]
+        assert result["parameters"] == twin["parameters"] > 0 and result["micro_batch"] == twin["micro_batch"] > 0
 
 
 @pytest.mark.usefixtures("no_report")
@@ -278,6 +279,14 @@ def test_trials_of_an_earlier_form_of_the_recipe_are_no_part_of_the_study(runs: 
     drive(study(runs, "base.epochs=3"))
     now = [trial.id for trial in study(runs, "base.epochs=3").trials]
     assert Store(runs / "small").trial_ids() == now == [r["trial"] for r in Store(runs / "small").results()]
+
+
+@pytest.mark.usefixtures("no_report")
+def test_the_last_view_shows_the_end(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr("orchestrator.driver.Progress.update", lambda view, status: seen.append(status))
+    drive(study(runs))
+    assert seen[-1]["state"] == "done" and seen[-1]["trials"]["done"] == 8 and seen[-1]["running"] == []
 
 
 @pytest.mark.usefixtures("no_report")
