@@ -33,7 +33,7 @@ TICK = 0.5  # seconds between two looks at the running trials
 def drive(study: Study, wait: bool = False, fresh: bool = False, fail_fast: bool = False) -> int:
     """Run what is left of a study; the exit code. Raises Busy, Changed, DataError, PlanError before anything is written."""
     check_plans(study.recipe)
-    _ = study.trials  # the data set is there
+    study.check_data()
     if fresh:
         with study.store.lock(wait):
             study.set_aside()

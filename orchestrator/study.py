@@ -17,7 +17,7 @@ from orchestrator.recipe import Recipe, dump, expand, resolved
 from orchestrator.results import outcome
 from orchestrator.store import Store
 from orchestrator.trial import Trial
-from orchestrator.workloads import fingerprint
+from orchestrator.workloads import fingerprint, load
 
 # Keys that change no result: they may differ from one run of a study to the next.
 FREE = ("cluster", "engine", "tracking", "checkpoint", "workload.target")
@@ -43,6 +43,12 @@ class Study:
     def phases(self) -> Path:
         """Finished phases are shared by all studies of a folder."""
         return self.runs / ".phases"
+
+    def check_data(self) -> None:
+        """Raises DataError if the data set is missing, truncated or corrupt: no worker need find it out."""
+        data = self.recipe.workload.data
+        if not data.noisy_quadratic:
+            load(data)
 
     @cached_property
     def trials(self) -> list[Trial]:

@@ -110,6 +110,16 @@ def test_missing_data_is_told_before_any_worker_is_taken(tmp_path: Path) -> None
     assert not (tmp_path / "runs" / "quickstart" / "journal.jsonl").exists()
 
 
+def test_damaged_data_are_told_before_any_worker_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and no more")
+    data = f"workload.data={{npz: {{path: {tmp_path / 'cut.npz'}}}}}"
+    done = bigbatch("run", str(RECIPES / "smoke.yaml"), "--set", data, cwd=tmp_path)
+    assert (
+        done.returncode == 2 and "cut.npz: truncated or corrupt" in done.stderr and len(done.stderr.splitlines()) == 1
+    )
+    assert not (tmp_path / "runs").exists()
+
+
 def test_folders_of_the_same_names_do_no_harm(tmp_path: Path) -> None:
     for name in ("cluster", "orchestrator", "strategies"):
         (tmp_path / name).mkdir()
