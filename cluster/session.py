@@ -54,7 +54,7 @@ def connect(cpus: int = 1) -> None:
             ray.init(address=address, **quiet)
         else:
             start(cpus, quiet)
-    except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # ray.init raises bare ones too
         disconnect()
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {line}") from None
