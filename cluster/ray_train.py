@@ -20,6 +20,8 @@ from cluster.tasks import ClusterError, Done, Failed, Lost, Outcome, Task, root_
 GRACE = 1.0  # seconds for other ranks to report after one has failed
 STOP_LIMIT = 10.0  # seconds for workers to end
 
+remote: Any = ray.remote  # its types lose the actor's methods
+
 
 class Mailbox:
     """An actor between the driver and the ranks. Its methods wait without holding up each other."""
@@ -86,7 +88,7 @@ class TrainGang:
     def __init__(self, size: int, threads: int = 1, gpus: int | None = None, timeout: float = 300, name: str = "gang"):
         self.size, self.name = size, name
         self.folder = tempfile.mkdtemp(prefix="bigbatch-train-")  # Ray Train wants one; nothing of ours is kept there
-        self.mailbox = ray.remote(num_cpus=0)(Mailbox).remote(size)
+        self.mailbox = remote(num_cpus=0)(Mailbox).remote(size)
         self.pending: Any = None
         self.error: Exception | None = None
         trainer = self._trainer(threads, gpus_each(size) if gpus is None else gpus, timeout)

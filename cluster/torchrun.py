@@ -241,4 +241,5 @@ def blame(cause: str) -> None:
     """Have torchrun name `cause` in the last lines that it prints; the first cause stands."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file and not Path(file).exists():
-        Path(file).write_text(json.dumps({"message": cause, "timestamp": int(time.time())}))
+        detail = {"py_callstack": cause, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": cause, "extraInfo": detail}}))
