@@ -299,3 +299,29 @@ def doctor(
     findings = diagnose(output)
     print(json.dumps([asdict(f) for f in findings], indent=1) if as_json else as_text(findings))
     raise typer.Exit(FAILED if any(f.status == BAD for f in findings) else 0)
+
+
+@app.command()
+def predict(
+    studies: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="study directories of one workload")],
+    workers: Annotated[str, typer.Option(metavar="N,N,...", help="numbers of workers, e.g. 8,64,1024")],
+    arm: Annotated[str | None, typer.Option(help="one arm; all, if it is left out")] = None,
+    batch: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="batch sizes; those measured and up to 16 times as many")
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|PRESET", help="loopback, ethernet_10g (default), ethernet_100g, nvlink_infiniband"),
+    ] = None,
+    as_json: AsJson = False,
+    force: Annotated[bool, typer.Option("--force", help="predict beyond 16 times the largest batch size")] = False,
+) -> None:
+    """Time and cost to target on more workers and at larger batch sizes, with intervals and what they rest on."""
+    with plain_errors():
+        from orchestrator.predict.command import predict as forecasts
+        from orchestrator.predict.output import as_data, as_text
+
+        found, refusals = forecasts(studies, workers, arm, batch, hardware, force)
+        for refusal in refusals:
+            say(refusal)
+        print(json.dumps([as_data(f) for f in found], indent=1) if as_json else "\n\n\n".join(map(as_text, found)))
