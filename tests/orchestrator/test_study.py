@@ -289,6 +289,13 @@ def test_the_last_view_shows_the_end(runs: Path, monkeypatch: pytest.MonkeyPatch
     assert seen[-1]["state"] == "done" and seen[-1]["trials"]["done"] == 8 and seen[-1]["running"] == []
 
 
+def test_a_sigterm_that_meets_rays_own_handler_is_an_interruption(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While Ray starts, its handler stands, which ends the process by SystemExit(15)."""
+    monkeypatch.setattr("orchestrator.driver.Launcher.open", lambda launcher, trials: sys.exit(15))
+    assert drive(study(runs)) == 75
+    assert events(runs)[-1]["event"] == "study_ended" and Store(runs / "small").status()["state"] == "interrupted"
+
+
 @pytest.mark.usefixtures("no_report")
 def test_fail_fast(runs: Path) -> None:
     text = RECIPE.replace("{mlp: {width: 16, depth: 2}}", "{import: 'no_such_module:net'}")
