@@ -226,6 +226,7 @@ class PhaseRun:
         self.progress.train_seconds += seconds
         row = self._row(seconds)
         average_buffers(self.net, self.worker)
+        self.worker.settle()
         self._judge_loss(row["train_loss"])
         if self._evaluates() and self.progress.status == "running":
             row |= evaluate(self.phase, self.net, self.state, self.job.dataset, self.worker)

@@ -44,11 +44,21 @@ class Trial(Model):
             "data": self.data,
             "log_steps": self.log_steps,
             "local_batch": self.local_batch if self.normalises_batches else None,
+            **self.compression,
         }
 
     def context(self) -> dict[str, Any]:
         """What determines a phase's result beside the plan up to it."""
         return {k: v for k, v in self.identity().items() if k not in ("base", "strategies")}
+
+    @property
+    def compression(self) -> dict[str, Any]:
+        """How gradients are compressed, where they are: each worker rounds a share of its own, so workers enter too."""
+        choice = getattr(self.engine.options, "compression", None)
+        if choice is None or choice.name == "none":
+            return {}
+        options = choice.options.model_dump(mode="json")
+        return {"compression": {"by": choice.name, **options, "workers": self.cluster.workers}}
 
     @property
     def local_batch(self) -> int:

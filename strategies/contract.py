@@ -115,6 +115,8 @@ class Worker(Protocol):
     size: int  # workers in the gang
     role: int  # the part of the model that this worker holds; 0 where all hold the whole
     device: torch.device
+    memory: Any
+    """What the engine remembers of this model from step to step, with a state_dict, or None; learners save it."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision for a forward pass, as the trial's precision has it; nothing for fp32 and fp64."""
@@ -127,6 +129,9 @@ class Worker(Protocol):
     def recv(self, like: Tensor, role: int) -> Tensor: ...
     def prepare(self, net: Net, optimizer: Optimizer, open_model: bool) -> nn.Module:
         """The module to call in training: wrapped so that gradients are averaged, unless `open_model`."""
+
+    def settle(self) -> None:
+        """Before a checkpoint: make `memory` alike on all workers, so that rank 0's is that of all."""
 
     def micro(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of one micro-batch: workers synchronise in the `last` one of a step only."""

@@ -21,6 +21,7 @@ class ProcessWorker:
     """One of `size` processes, alone or in the default process group. See `strategies.contract.Worker`."""
 
     role = 0
+    memory: Any = None
 
     def __init__(self, rank: int, size: int, device: torch.device, precision: str):
         self.rank, self.size, self.device, self.precision = rank, size, device, precision
@@ -49,6 +50,9 @@ class ProcessWorker:
 
     def prepare(self, net: Net, optimizer: Optimizer, open_model: bool) -> nn.Module:
         return net
+
+    def settle(self) -> None:
+        """Make `memory` alike on all workers."""
 
     def micro(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from cluster.engines.base import ProcessWorker
+from cluster.engines.compression import PowerSgd, bf16_hook
 from strategies.contract import PlanError
 
 if TYPE_CHECKING:
@@ -22,17 +23,43 @@ if TYPE_CHECKING:
 
 
 class DdpWorker(ProcessWorker):
-    """Averages gradients over workers. A loss that is to be a mean over the global batch carries `size` as a factor."""
+    """Averages gradients over workers. A loss that is to be a mean over the global batch carries `size` as a factor.
+
+    `bucket_mib`: size of DDP's buckets; "auto" is torch's choice, 25 after a first one of 1.
+    `compression`: a map with one key that is not None, as the recipe has it; None: gradients are sent as they are.
+    """
+
+    memory: PowerSgd | None
 
     def __init__(
-        self, rank: int, size: int, device: torch.device, precision: str, find_unused_parameters: bool = False
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        precision: str,
+        find_unused_parameters: bool = False,
+        bucket_mib: float | Literal["auto"] = "auto",
+        compression: Mapping[str, Any] | None = None,
     ):
         super().__init__(rank, size, device, precision)
         self.find_unused_parameters = find_unused_parameters
+        self.bucket_mib = None if bucket_mib == "auto" else bucket_mib
+        self.compression, self.options = chosen(compression)
+        if self.compression != "none" and size == 1:
+            raise PlanError(f"engine ddp: compression {self.compression} needs 2 workers or more, got 1: leave it out")
+        if self.compression == "powersgd" and find_unused_parameters:
+            raise PlanError("engine ddp: compression powersgd cannot find unused parameters: leave one of the two out")
 
     def prepare(self, net: Net, optimizer: Optimizer, open_model: bool) -> nn.Module:
-        if open_model or self.size == 1 or not any(p.requires_grad for p in net.parameters()):
+        self.memory = PowerSgd(net, self.device, **self.options) if self.compression == "powersgd" else None
+        if open_model or self.memory or self.size == 1 or not any(p.requires_grad for p in net.parameters()):
             return net
+        model = self._wrap(net)
+        if self.compression == "bf16":
+            model.register_comm_hook(self.size, lambda size, bucket: bf16_hook(size, bucket))  # takes no annotations
+        return model
+
+    def _wrap(self, net: Net) -> DistributedDataParallel:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", FutureWarning
@@ -42,6 +69,7 @@ class DdpWorker(ProcessWorker):
                 gradient_as_bucket_view=True,
                 broadcast_buffers=False,  # running statistics are each worker's own, as in the open model
                 find_unused_parameters=self.find_unused_parameters,
+                bucket_cap_mb=self.bucket_mib,
             )
 
     def micro(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
@@ -53,6 +81,8 @@ class DdpWorker(ProcessWorker):
                 check_all_used(model)
         elif self.size > 1:
             params = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+            if self.memory:
+                return self.memory.average(params)
             for dtype in sorted({p.dtype for p in params}, key=str):
                 self.average_flat([p for p in params if p.dtype == dtype])
 
@@ -60,13 +90,25 @@ class DdpWorker(ProcessWorker):
         """One all-reduce. A gradient missing on some ranks counts as 0 there; missing on all, it stays missing."""
         flat = torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else p.grad.reshape(-1) for p in params])
         held = torch.tensor([float(p.grad is not None) for p in params], dtype=flat.dtype, device=flat.device)
-        flat = self.sum_(torch.cat([flat, held]).mul_(1 / self.size))  # scaled first, then summed, as DDP does
+        flat = self._sum(torch.cat([flat, held]).mul_(1 / self.size))  # scaled first, then summed, as DDP does
         grads = flat[: -len(params)].split([p.numel() for p in params])
         for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
             if p.grad is not None:
                 p.grad.copy_(grad.view_as(p))
             elif flat[i - len(params)]:
                 p.grad = grad.view_as(p).clone()
+
+    def _sum(self, flat: Tensor) -> Tensor:
+        return self.sum_(flat.to(torch.bfloat16)).to(flat.dtype) if self.compression == "bf16" else self.sum_(flat)
+
+    def settle(self) -> None:
+        if self.memory:
+            self.memory.settle(self)
+
+
+def chosen(compression: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
+    """The variant that is set, and its options."""
+    return next(((name, options) for name, options in (compression or {}).items() if options is not None), ("none", {}))
 
 
 @contextmanager

@@ -325,8 +325,28 @@ class Base(Model):
 # ------------------------------------------------------------------------------------------------------------- study
 
 
+class PowerSgd(Model):
+    rank: Positive = Field(default=2, description="columns and rows that a gradient matrix is sent as")
+    start: Annotated[int, Field(ge=2, le=LARGEST), WHOLE] = Field(
+        default=10, description="steps of each phase before the first compressed one"
+    )
+    error_feedback: bool = Field(default=True, description="what was lost is added to the next gradient")
+
+
+class Compression(Choice):
+    """How gradients are sent between workers. It changes results, so it is part of a trial's name."""
+
+    none: Empty | None = None
+    bf16: Empty | None = None
+    powersgd: PowerSgd | None = None
+
+
 class Ddp(Model):
     find_unused_parameters: bool = False
+    bucket_mib: Annotated[float, Field(gt=0, le=65536)] | Literal["auto"] = Field(
+        default="auto", description="gradients sent at once, in MiB; auto: 25 after a first bucket of 1"
+    )
+    compression: Compression = Compression(none=Empty())
 
 
 class Engine(Choice):
