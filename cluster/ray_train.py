@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import math
 import os
 import shutil
 import tempfile
@@ -86,6 +88,11 @@ class TrainGang:
     """The workers of one `TorchTrainer`. See `cluster.tasks.Gang` and, for the arguments, `cluster.gang.RayGang`."""
 
     def __init__(self, size: int, threads: int = 1, gpus: int | None = None, timeout: float = 300, name: str = "gang"):
+        os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths stay what they are
+        try:
+            importlib.import_module("ray.train")
+        except ImportError:
+            raise ClusterError('launcher ray_train needs Ray Train: pip install "ray[train]"') from None
         self.size, self.name = size, name
         self.folder = tempfile.mkdtemp(prefix="bigbatch-train-")  # Ray Train wants one; nothing of ours is kept there
         self.mailbox = remote(num_cpus=0)(Mailbox).remote(size)
@@ -96,17 +103,14 @@ class TrainGang:
         self.fit.start()
 
     def _trainer(self, threads: int, gpus: int, timeout: float) -> Any:
-        os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths stay what they are
-        try:
-            from ray.train import RunConfig, ScalingConfig
-            from ray.train.torch import TorchConfig, TorchTrainer
-        except ImportError:
-            raise ClusterError('launcher ray_train needs Ray Train: pip install "ray[train]"') from None
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
         each = {"CPU": threads, "GPU": gpus} if gpus else {"CPU": threads}
         return TorchTrainer(
             work,
             train_loop_config={"mailbox": self.mailbox},
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo", timeout_s=int(timeout)),
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo", timeout_s=math.ceil(timeout)),
             scaling_config=ScalingConfig(num_workers=self.size, use_gpu=bool(gpus), resources_per_worker=each),
             run_config=RunConfig(name=self.name, storage_path=self.folder),
         )
