@@ -93,8 +93,8 @@ def forecast(
     largest = steps.reached[-1]
     if wanted[-1] > REFUSED_BEYOND * largest and not force:
         raise Damaged(
-            f"batch size {wanted[-1]} is {wanted[-1] / largest:.3g} times the largest at which the target was reached "
-            f"({largest:g}); beyond {REFUSED_BEYOND:g} times, predictions miss by a factor of three: --force makes them"
+            f"batch size {wanted[-1]} is more than {REFUSED_BEYOND:g} times the largest at which the target was reached "
+            f"({largest:g}); from there on, predictions miss by a factor of three: --force makes them"
         )
     pairs = [(n, b) for n in sorted(set(workers)) for b in wanted if b >= n]
     if not pairs:

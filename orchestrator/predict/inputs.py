@@ -10,7 +10,7 @@ from orchestrator.predict.forecast import Forecast
 from orchestrator.predict.hardware import PRESETS
 from orchestrator.predict.step_time import BACKWARD, BUCKET, FIRST_BUCKET, MIB, bucket_sizes
 from orchestrator.predict.uncertainty import PER_FOURFOLD, UP
-from orchestrator.report.wording import figures3, plural
+from orchestrator.report.wording import figures3, joined, plural
 from orchestrator.statistics import LEVEL
 
 
@@ -53,7 +53,7 @@ def _step(forecast: Forecast) -> Iterator[Input]:
     yield Input(
         "a pass over a micro-batch",
         f"{_milli(compute.per_pass)} + {_milli(compute.per_example)} per example, scatter {100 * calibration.scatter:.1f} %; "
-        f"{plural(trials, 'trial')} at {' and '.join(map(str, workers))} workers, "
+        f"{plural(trials, 'trial')} on {joined([plural(n, 'worker') for n in workers])}, "
         f"{len(sizes)} micro-batch sizes from {sizes[0]:g} to {sizes[-1]:g}{few}",
         "measured",
     )
@@ -104,7 +104,9 @@ def _rest(forecast: Forecast) -> Iterator[Input]:
     value = f"{100 * forecast.calibration.compute.slowdown:.2g} %"
     yield Input("slow-down while gradients travel", value, "measured" if slow else "assumed")
     price = forecast.hardware.price
-    yield Input("price of a worker's hour", "not stated" if price is None else f"{price:g}", "stated" if price else "-")
+    yield Input(
+        "price of a worker's hour", "not stated" if price is None else f"{price:g}", "-" if price is None else "stated"
+    )
     yield Input("evaluation, start-up", "not counted", "assumed")
     yield Input("intervals", f"{100 * LEVEL:g} %, then widened by the errors above", "-")
 

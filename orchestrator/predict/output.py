@@ -6,23 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from orchestrator.files import printable
 from orchestrator.predict.forecast import Forecast, Range, Row
 from orchestrator.predict.inputs import inputs
 from orchestrator.report.wording import figures3
 
-HEADER = (
-    "workers",
-    "batch",
-    "local",
-    "steps",
-    "step",
-    "time to target",
-    "cost",
-    "examples",
-    "workers' use",
-    "speed-up",
-    "",
-)
+BEFORE_COST = ("workers", "batch", "local", "steps", "step", "time to target")
+AFTER_COST = ("examples", "workers' use", "speed-up", "")
 UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"))
 
 
@@ -60,18 +50,20 @@ def _row_data(row: Row, price: float | None) -> dict[str, Any]:
 
 
 def as_text(forecast: Forecast) -> str:
-    marks = {id(row): "" for row in forecast.rows}
-    for name, row in forecast.optima.items():
-        marks[id(row)] = ", ".join(filter(None, (marks[id(row)], name)))
-    table = [HEADER, *(_cells(row, forecast.hardware.price, marks[id(row)]) for row in forecast.rows)]
+    price, optima = forecast.hardware.price, forecast.optima
+    header = (*BEFORE_COST, "device time" if price is None else "cost", *AFTER_COST)
+    table = [header, *(_cells(row, price, _marks(optima, row)) for row in forecast.rows)]
     listed = [("input", "from", "value"), *((i.name, i.source, i.value) for i in inputs(forecast))]
     title = f"arm {forecast.calibration.measured.arm} on {forecast.hardware.name}"
-    return "\n".join([title, "", *aligned(table), "", *aligned(listed)])
+    return "\n".join([printable(title), "", *aligned(table), "", *aligned(listed)])
+
+
+def _marks(optima: dict[str, Row], row: Row) -> str:
+    return ", ".join(name for name, best in optima.items() if best is row)
 
 
 def _cells(row: Row, price: float | None, mark: str) -> tuple[str, ...]:
     accumulated = f" in {row.load.passes}" if row.load.passes > 1 else ""
-    cost = _range(row.device_hours, 1, " device-h") if price is None else _range(row.device_hours.times(price), 1)
     return (
         str(row.load.workers),
         str(row.batch),
@@ -79,7 +71,7 @@ def _cells(row: Row, price: float | None, mark: str) -> tuple[str, ...]:
         _range(row.steps, 1),
         _time(row.step_seconds),
         _time(row.seconds),
-        cost,
+        _time(row.device_hours.times(3600)) if price is None else _range(row.device_hours.times(price), 1),
         f"{100 * row.statistical:.0f} %",
         f"{100 * row.hardware:.0f} %",
         f"{row.speed_up:.3g}",
