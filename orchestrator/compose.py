@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from cluster.engines import OFFERS
@@ -50,8 +51,21 @@ def _base_phase(trial: Trial, examples: int) -> Phase:
 
 
 def _model(choice: schema.Network) -> ModelSpec:
+    if choice.name == "import":
+        _check_importable(choice.options)
     options = {"path": choice.options} if choice.name == "import" else choice.options.model_dump()
     return ModelSpec(build_network, (("name", choice.name), *sorted(options.items())))
+
+
+def _check_importable(path: str) -> None:
+    """Raises PlanError if the user's module is not there. It is not imported: that is for the workers."""
+    module = path.partition(":")[0]
+    try:
+        found = find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    if not found:
+        raise PlanError(f"model: import: no module named {module!r}: it has to lie in the current folder, or be installed")
 
 
 def _backprop(base: schema.Base) -> Learner:

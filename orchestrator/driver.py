@@ -7,8 +7,10 @@ import os
 import socket
 import statistics
 import sys
+import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -42,6 +44,25 @@ def drive(study: Study, wait: bool = False, fresh: bool = False, fail_fast: bool
         study.write_recipe()
         study.adopt()
         return Driver(study, fail_fast).run()
+
+
+class Ticker(threading.Thread):
+    """A context in which `tick` is called now and then, by a thread: for a poll that trains in this very process."""
+
+    def __init__(self, tick: Callable[[], None]):
+        super().__init__(daemon=True)
+        self.tick, self.over = tick, threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(TICK):
+            self.tick()
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.join()
 
 
 @dataclass(slots=True)
@@ -144,7 +165,8 @@ class Driver:
     def _poll(self) -> None:
         patience = TICK / max(1, len(self.busy))
         for name, (gang, run) in list(self.busy.items()):
-            outcome = gang.poll(patience)
+            with Ticker(self._tick) if self.launcher.in_process else contextlib.nullcontext():
+                outcome = gang.poll(patience)
             if outcome is not None:
                 del self.busy[name]
                 self._settle(gang, run, outcome)

@@ -72,7 +72,8 @@ def result_line(result: dict[str, Any]) -> str:
     """`sgd batch 128 seed 1: target 0.95 at step 140, accuracy 0.972, 1.3 s`, or the error of a failed trial."""
     if result["status"] == "failed":
         return f"{name(result)}: FAILED: {printable(str(result['error']))}"
-    return f"{name(result)}: {', '.join(_outcome(result))}, {result['seconds']['train']:.1f} s"
+    seconds = result["seconds"]["train"]
+    return f"{name(result)}: {', '.join(_outcome(result))}, {'read from file' if seconds is None else f'{seconds:.1f} s'}"
 
 
 def _outcome(result: dict[str, Any]) -> list[str]:
@@ -136,7 +137,8 @@ class Progress:
     """What `bigbatch run` shows on stderr. Nothing that goes wrong with it reaches the driver."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        # bound to this stream: a trial in this very process sends its own output to a file meanwhile
+        self.console = console or Console(file=sys.stderr, highlight=False)
         self.live: Live | None = None
 
     def __enter__(self) -> Progress:

@@ -18,8 +18,11 @@ def reached(target: Target, row: dict[str, Any]) -> bool:
     return value >= target.value if target.higher_is_better else value <= target.value
 
 
-def outcome(rows: Iterable[dict[str, Any]], target: Target | None) -> dict[str, Any]:
-    """`final`, `best` and `target` of result.json, from the rows alone: a new target needs no new training."""
+def outcome(rows: Iterable[dict[str, Any]], target: Target | None, timed: bool = True) -> dict[str, Any]:
+    """`final`, `best` and `target` of result.json, from the rows alone: a new target needs no new training.
+
+    `timed` is false for rows of phases that were trained elsewhere: steps may be reused across machines, times never.
+    """
     rows = list(rows)
     final: dict[str, float] = {}
     best: dict[str, float] = {}
@@ -28,12 +31,12 @@ def outcome(rows: Iterable[dict[str, Any]], target: Target | None) -> dict[str, 
         if value is not None:
             better = max if name.endswith("accuracy") else min
             best[name] = better(value, best.get(name, value))
-    return {"final": final, "best": best, "target": target and _hit(rows, target)}
+    return {"final": final, "best": best, "target": target and _hit(rows, target, timed)}
 
 
-def _hit(rows: list[dict[str, Any]], target: Target) -> dict[str, Any]:
+def _hit(rows: list[dict[str, Any]], target: Target, timed: bool) -> dict[str, Any]:
     hit = next((row for row in rows if reached(target, row)), {})
-    found = {name: hit.get(key) for name, key in _HIT.items()}
+    found = {name: hit.get(key) for name, key in _HIT.items()} | ({} if timed else {"seconds": None})
     return {"metric": target.metric, "value": target.value, "reached": bool(hit), **found}
 
 

@@ -43,21 +43,21 @@ def _run(worker: Worker, assignment: Assignment) -> dict[str, Any]:
     trainer = Trainer(job, worker)
     progress = trainer.run()
     trainer.rows.close()
-    rest = time.perf_counter() - began - data_seconds - progress.train_seconds - progress.eval_seconds
-    seconds = {"startup": max(0.0, rest), "data": data_seconds}
-    seconds |= {"train": progress.train_seconds, "eval": progress.eval_seconds}
+    seconds = _seconds(progress, data_seconds, time.perf_counter() - began)
+    timed = seconds["train"] is not None
+    rows = read_lines(trainer.rows.path) if worker.rank == 0 else []
     return {
         **_names(trial),
         "status": progress.status,
         "steps": progress.steps,
         "epochs": progress.epochs,
         "examples": progress.examples,
-        **(outcome(read_lines(trainer.rows.path), trial.workload.target) if worker.rank == 0 else {}),
+        **outcome(rows, trial.workload.target, timed),
         "seconds": seconds,
-        "examples_per_second": progress.examples / progress.train_seconds if progress.train_seconds else None,
+        "examples_per_second": progress.examples / progress.train_seconds if timed else None,
         "micro_batch": progress.micro_batch,
         "parameters": progress.parameters,
-        "reused": progress.reused_steps > 0,
+        "reused": not timed,
         "workers": worker.size,
         "threads": trial.cluster.threads,
         "precision": trial.precision,
@@ -65,6 +65,14 @@ def _run(worker: Worker, assignment: Assignment) -> dict[str, Any]:
         "began": start,
         "ended": time.time(),
     }
+
+
+def _seconds(progress: Any, data: float, wall: float) -> dict[str, float | None]:
+    """Where the time went; none for training that was done elsewhere."""
+    if progress.reused_steps:
+        return {"startup": wall - data, "data": data, "train": None, "eval": None}
+    train, evaluation = progress.train_seconds, progress.eval_seconds
+    return {"startup": max(0.0, wall - data - train - evaluation), "data": data, "train": train, "eval": evaluation}
 
 
 def _names(trial: Trial) -> dict[str, Any]:

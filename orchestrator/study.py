@@ -98,7 +98,7 @@ class Study:
                 self._adopt(trial, result)
 
     def _adopt(self, trial: Trial, result: dict[str, Any]) -> None:
-        new = result | outcome(self.store.rows(result), trial.workload.target)
+        new = result | outcome(self.store.rows(result), trial.workload.target, timed=not result["reused"])
         new |= {"arm": trial.arm, "point": trial.point}
         if new != result:
             self.store.commit(new)

@@ -193,6 +193,8 @@ def test_phases_are_shared_by_studies(runs: Path) -> None:
         twin = Store(runs / "small").result(result["trial"])
         assert twin is not None and result["reused"] and not twin["reused"]
         assert result["final"] == twin["final"] and result["target"]["step"] == twin["target"]["step"]
+        assert result["examples_per_second"] is result["seconds"]["train"] is result["target"]["seconds"] is None
+        assert twin["seconds"]["train"] > 0
         assert result["parameters"] == twin["parameters"] > 0 and result["micro_batch"] == twin["micro_batch"] > 0
 
 
@@ -298,7 +300,7 @@ def test_a_sigterm_that_meets_rays_own_handler_is_an_interruption(runs: Path, mo
 
 @pytest.mark.usefixtures("no_report")
 def test_fail_fast(runs: Path) -> None:
-    text = RECIPE.replace("{mlp: {width: 16, depth: 2}}", "{import: 'no_such_module:net'}")
+    text = RECIPE.replace("{mlp: {width: 16, depth: 2}}", "{import: 'json:no_such_function'}")
     path = runs.parent / "recipe.yaml"
     path.write_text(text)
     assert drive(Study(load(path, allow_code=True), text, runs), fail_fast=True) == 3
@@ -347,3 +349,27 @@ grid: {base.batch: [64, 256, 1024], base.rate.peak: [0.3, 1.0]}
     for result in Store(runs / "quadratic").results():
         expected = steps_to_target(result["point"]["base.rate.peak"], result["batch"], 0.05, 1000)
         assert result["target"]["step"] == (expected if expected and expected <= 3000 else None)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_status_tells_of_a_trial_while_it_runs_in_this_process(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.driver.TICK", 0.01)
+    seen: list[dict[str, Any]] = []
+    write = Store.write_status
+    monkeypatch.setattr(Store, "write_status", lambda self, status: (seen.append(status), write(self, status)))
+    assert drive(study(runs, "base.epochs=20", "seeds=1", "log_steps=5")) == 0
+    told = [trial for status in seen for trial in status["running"] if trial["train_loss"] is not None]
+    assert {trial["arm"] for trial in told} == {"sgd", "smooth"}
+    assert any(trial["test_accuracy"] is not None and trial["examples_per_second"] > 0 for trial in told)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_missing_module_is_told_before_any_trial(runs: Path) -> None:
+    from strategies.contract import PlanError
+
+    path = runs.parent / "recipe.yaml"
+    text = RECIPE.replace("{mlp: {width: 16, depth: 2}}", "{import: 'no_such.module:net'}")
+    path.write_text(text)
+    with pytest.raises(PlanError, match="no module named"):
+        drive(Study(load(path, allow_code=True), text, runs))
+    assert not (runs / "small" / "journal.jsonl").exists()
