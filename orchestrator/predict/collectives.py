@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 Cost = Callable[[float, int, "Wire"], float]  # (bytes, ranks, wire) -> seconds
 
@@ -45,10 +46,16 @@ def tree(size: float, ranks: int, wire: Wire) -> float:
     return 2 * (math.ceil(math.log2(ranks)) * wire.latency + size / wire.bandwidth) if ranks > 1 else 0.0
 
 
+@lru_cache
+def _rows(ranks: int) -> int:
+    """Of the squarest grid."""
+    return next(y for y in range(math.isqrt(ranks), 0, -1) if ranks % y == 0)
+
+
 def torus(size: float, ranks: int, wire: Wire) -> float:
     """Rings along the rows of the squarest grid, then along its columns with what each row has kept; a prime is one ring."""
-    columns = next(x for x in range(math.isqrt(ranks - 1) + 1, ranks + 1) if ranks % x == 0) if ranks > 1 else 1
-    return ring(size, columns, wire) + ring(size / columns, ranks // columns, wire)
+    rows = _rows(ranks)
+    return ring(size, ranks // rows, wire) + ring(size * rows / ranks, rows, wire)
 
 
 def fastest(size: float, ranks: int, wire: Wire) -> float:

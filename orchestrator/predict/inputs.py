@@ -112,4 +112,4 @@ def _rest(forecast: Forecast) -> Iterator[Input]:
 
 
 def _milli(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds * 1e3:.3g} ms" if seconds > 1e-9 else "0 ms"  # what a fit leaves of nothing

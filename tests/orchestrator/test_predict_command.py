@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from orchestrator.batch_law.law import Law
 from orchestrator.cli import app
 from orchestrator.predict.hardware import PRESETS, load
 from orchestrator.recipe.problems import RecipeError
@@ -126,6 +127,14 @@ def test_what_a_user_did_wrong_is_one_line(made, words, message):
     assert message in err
 
 
+def test_a_bound_is_called_one(tmp_path):
+    path = study(tmp_path / "bound", law=Law(steps_min=40, critical=4000))
+    code, out, _ = predict(path, "--workers", "8", "--batch", "1024")
+    (line,) = (line for line in out.splitlines() if line.startswith("law of steps"))
+    assert code == 0 and "measured bound" in line and "B_crit at least" in line
+    assert "not identified: the largest batch size is below half of it" in line
+
+
 def test_force_predicts_beyond(made):
     code, out, _ = predict(made, "--workers", "8", "--batch", "20000", "--force")
     assert code == 0 and "20000" in out
@@ -167,7 +176,7 @@ def test_every_mistake_of_a_hardware_file_with_its_place(tmp_path):
     assert sorted(line.split(" ")[0] for line in lines) == ["2:10:", "2:20:", "2:24:", "3:12:", "4:8:"]
     text = "\n".join(lines)
     assert 'unknown key, did you mean "bandwidth"?' in text and 'did you mean "ring"?' in text
-    assert "network.latency: expected at least 0, got -1" in text
+    assert "network.latency: expected >= 0, got -1" in text
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "name: [", "a: &a [*a]", "\xff"])
