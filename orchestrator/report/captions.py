@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.batch_law.intervals import FEWEST
 from orchestrator.report.load import Result, as_text
 from orchestrator.report.summary import Summary
-from orchestrator.report.wording import goal, joined, metric_name, plural
+from orchestrator.report.wording import goal, joined, metric_name, plural, stretch
 from orchestrator.statistics import ENOUGH, EXCESS, Estimate
 
 
@@ -48,7 +48,7 @@ def _censored(summary: Summary) -> str:
 def _resolution(summary: Summary) -> str:
     """How finely the target was looked for, if all trials were alike in it."""
     every = [w.get("evaluate") or {} for w in _workloads(summary)]
-    intervals = {f"{value:g} {unit}" for e in every for unit, value in e.items() if value}
+    intervals = {stretch(value, unit).removeprefix("1 ") for e in every for unit, value in e.items() if value}
     if len(intervals) != 1 or summary.target is None or not summary.target.metric.startswith("test"):
         return ""
     return f" The target is checked every {intervals.pop()}, so the steps are upper bounds to that grain."

@@ -18,6 +18,7 @@ from orchestrator.report.wording import (
     plural,
     span,
     spread,
+    stretch,
 )
 from orchestrator.statistics import EXCESS, Estimate, paired_ratio, useful_batch
 
@@ -125,7 +126,7 @@ def _misses(summary: Summary, arm: str, cells: list[Cell]) -> str:
 def _budget(summary: Summary, cells: list[Cell], lead: str = "within its") -> str:
     """` within its budget of 20 epochs`, if all of these trials had the same one."""
     bases = [summary.study.config(t).get("base") or {} for c in cells for t in c.trials]
-    budgets = {f"{count(b[unit])} {unit}" for b in bases for unit in ("epochs", "steps") if b.get(unit)}
+    budgets = {stretch(b[unit], unit) for b in bases for unit in ("epochs", "steps") if b.get(unit)}
     return f" {lead} budget of {budgets.pop()}" if len(budgets) == 1 else ""
 
 

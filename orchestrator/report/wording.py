@@ -14,6 +14,11 @@ def count(value: float) -> str:
     return "never" if math.isinf(value) else f"{value:.1f}".removesuffix(".0")
 
 
+def stretch(value: float, unit: str) -> str:
+    """`20 epochs`, `1 step`, `0.004 epochs`; `unit` in the plural."""
+    return f"{value:.6g} {unit.removesuffix('s') if value == 1 else unit}"
+
+
 def figures3(value: float) -> str:
     """Three significant figures, without an exponent for ordinary sizes."""
     if math.isinf(value):

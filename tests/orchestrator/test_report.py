@@ -342,3 +342,9 @@ def test_names_with_dollars_and_underscores_are_drawn_as_they_are(tmp_path):
     build(made.path)
     root = ET.fromstring((made.path / "figures" / "steps_to_target.svg").read_bytes())
     assert r"$\frac{" in "".join(root.itertext())
+
+
+def test_stretches_of_training_as_words() -> None:
+    from orchestrator.report.wording import stretch
+
+    assert [stretch(20.0, "epochs"), stretch(1, "steps"), stretch(0.004, "epochs")] == ["20 epochs", "1 step", "0.004 epochs"]
