@@ -65,7 +65,9 @@ def _check_importable(path: str) -> None:
     except ModuleNotFoundError:
         found = None
     if not found:
-        raise PlanError(f"model: import: no module named {module!r}: it has to lie in the current folder, or be installed")
+        raise PlanError(
+            f"model: import: no module named {module!r}: it has to lie in the current folder, or be installed"
+        )
 
 
 def _backprop(base: schema.Base) -> Learner:

@@ -73,7 +73,9 @@ def result_line(result: dict[str, Any]) -> str:
     if result["status"] == "failed":
         return f"{name(result)}: FAILED: {printable(str(result['error']))}"
     seconds = result["seconds"]["train"]
-    return f"{name(result)}: {', '.join(_outcome(result))}, {'read from file' if seconds is None else f'{seconds:.1f} s'}"
+    return (
+        f"{name(result)}: {', '.join(_outcome(result))}, {'read from file' if seconds is None else f'{seconds:.1f} s'}"
+    )
 
 
 def _outcome(result: dict[str, Any]) -> list[str]:

@@ -347,4 +347,8 @@ def test_names_with_dollars_and_underscores_are_drawn_as_they_are(tmp_path):
 def test_stretches_of_training_as_words() -> None:
     from orchestrator.report.wording import stretch
 
-    assert [stretch(20.0, "epochs"), stretch(1, "steps"), stretch(0.004, "epochs")] == ["20 epochs", "1 step", "0.004 epochs"]
+    assert [stretch(20.0, "epochs"), stretch(1, "steps"), stretch(0.004, "epochs")] == [
+        "20 epochs",
+        "1 step",
+        "0.004 epochs",
+    ]
