@@ -39,6 +39,8 @@ def _names(needs: Need) -> str:
 
 def _base_phase(trial: Trial, examples: int) -> Phase:
     base, workers = trial.base, trial.cluster.workers
+    if workers == 1 and trial.compression:
+        raise PlanError("engine: ddp: compression needs 2 workers or more, cluster.workers is 1: leave it out")
     if base.batch < workers:
         raise PlanError(
             f"base.batch is {base.batch}, but each of {workers} workers needs an example: take fewer workers"

@@ -20,7 +20,7 @@ from orchestrator.trial import Trial
 from orchestrator.workloads import fingerprint, load
 
 # Keys that change no result: they may differ from one run of a study to the next.
-FREE = ("cluster", "engine", "tracking", "checkpoint", "workload.target")
+FREE = ("cluster", "tracking", "checkpoint")
 # Keys that may only grow, of the base and of each arm's.
 GROWING = ("base.epochs", "base.steps")
 
@@ -69,7 +69,7 @@ class Study:
         """Raises Changed if a result on file would not answer for this recipe, Damaged if that cannot be told."""
         path = self.store.directory / "resolved.yaml"
         if path.exists():
-            lines = list(differences(_read_resolved(path), resolved(self.recipe)))
+            lines = list(differences(decisive(_read_resolved(path)), decisive(resolved(self.recipe))))
             if lines:
                 raise Changed("\n".join(lines))
 
@@ -114,9 +114,20 @@ def _read_resolved(path: Path) -> dict[str, Any]:
     return old
 
 
+def decisive(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved recipe that results depend on: of the engine, the compression of gradients; of the target,
+    nothing unless trials stop at it."""
+    kept = {key: value for key, value in recipe.items() if key not in FREE}
+    ((_, options),) = recipe["engine"].items()
+    kept["engine"] = {"compression": options.get("compression", {"none": {}})}
+    if not recipe["workload"].get("target", {}).get("stop"):
+        kept["workload"] = {key: value for key, value in recipe["workload"].items() if key != "target"}
+    return kept
+
+
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """A line for each key in which `new` breaks with `old`; what is free, or has only grown, is passed over."""
-    if path in FREE or old == new:
+    """A line for each key in which `new` breaks with `old`; what has only grown is passed over."""
+    if old == new:
         return
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:

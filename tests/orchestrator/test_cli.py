@@ -164,6 +164,12 @@ def test_a_batch_smaller_than_the_gang_is_refused() -> None:
     assert done.returncode == 2 and "base.batch is 1, but each of 2 workers" in done.stderr
 
 
+def test_compression_with_a_single_worker_is_refused() -> None:
+    sets = ("--set", "engine={ddp: {compression: bf16}}", "--set", "cluster.workers=1")
+    done = bigbatch("validate", str(RECIPES / "quickstart.yaml"), *sets)
+    assert done.returncode == 2 and "compression needs 2 workers or more" in done.stderr
+
+
 def test_init_writes_a_recipe_that_is_valid(tmp_path: Path) -> None:
     assert bigbatch("init", "mine.yaml", cwd=tmp_path).returncode == 0
     assert bigbatch("validate", "mine.yaml", cwd=tmp_path).returncode == 0

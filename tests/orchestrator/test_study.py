@@ -100,6 +100,7 @@ def test_the_second_run_trains_nothing(runs: Path) -> None:
         ("arms.third={base: {rate: {peak: 0.1}}}", 4),
         ("base.epochs=3", 8),
         ("cluster.threads=2", 0),
+        ("engine=solo", 0),
         ("workload.target={test_accuracy: 0.9}", 0),
     ],
 )
@@ -128,6 +129,8 @@ def test_a_new_target_is_read_from_the_curves(runs: Path) -> None:
         ("seeds=1", "- seeds: 2\n+ seeds: 1"),
         ("grid.base.batch=[128]", "- grid.base.batch: [128, 512]\n+ grid.base.batch: [128]"),
         ("base.epochs=1", "- base.epochs: 2"),
+        ("workload.target.stop=true", "+ workload.target: {stop: true, test_accuracy: 0.5}"),
+        ("engine={ddp: {compression: bf16}}", "- engine.compression.none: {}\n+ engine.compression.none: (absent)"),
         (
             "workload.model={mlp: {width: 32, depth: 2}}",
             "- workload.model.mlp.width: 16\n+ workload.model.mlp.width: 32",
