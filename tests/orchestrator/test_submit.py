@@ -285,7 +285,7 @@ def ends(head: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Said]
     folder = tmp_path_factory.mktemp("work")
     common = ("--wait", "-o", str(folder / "cluster runs"))
     two = ("--set", "cluster={workers: 2}")
-    broken = ("--allow-code", "--set", "workload.model={import: 'no_such_module:net'}")
+    broken = ("--allow-code", "--set", "workload.model={import: 'json:no_such_function'}")
     # RAY_ADDRESS would lead Ray's own client elsewhere
     variables = AS_CLIENT | {"RAY_ADDRESS": "127.0.0.1:1"}
     started = {
@@ -319,7 +319,7 @@ def test_a_study_that_ends_well(ends: dict[str, Said]) -> None:
 
 
 def test_a_study_whose_trial_fails(ends: dict[str, Said]) -> None:
-    assert ends["broken"].code == 3 and "no_such_module" in ends["broken"].out
+    assert ends["broken"].code == 3 and "no_such_function" in ends["broken"].out
 
 
 def test_a_job_that_was_stopped(ends: dict[str, Said]) -> None:
