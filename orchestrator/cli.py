@@ -227,7 +227,7 @@ def strategies() -> None:
 @app.command()
 def workloads() -> None:
     """The data sets and models that a recipe can name."""
-    from orchestrator.recipe.schema import Data, Network
+    from orchestrator.recipe.workload_schema import Data, Network
 
     for title, choice in (("data", Data), ("model", Network)):
         for name, f in choice.model_fields.items():

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from cluster.engines import OFFERS
-from orchestrator.recipe import schema
+from orchestrator.recipe import schema, workload_schema
 from orchestrator.trial import Trial
 from orchestrator.workloads import build_network
 from orchestrator.workloads.noisy_quadratic import NoisyQuadratic, network
@@ -52,7 +52,7 @@ def _base_phase(trial: Trial, examples: int) -> Phase:
     return Phase(name="train", epochs=epochs, batch=base.batch, model=model, learner=learner)
 
 
-def _model(choice: schema.Network) -> ModelSpec:
+def _model(choice: workload_schema.Network) -> ModelSpec:
     if choice.name == "import":
         _check_importable(choice.options)
     options = {"path": choice.options} if choice.name == "import" else choice.options.model_dump()
@@ -78,7 +78,7 @@ def _backprop(base: schema.Base) -> Learner:
     return Backprop(optimizer=optimizer, rate=_rate(base))
 
 
-def _quadratic(base: schema.Base, data: schema.QuadraticData) -> Learner:
+def _quadratic(base: schema.Base, data: workload_schema.QuadraticData) -> Learner:
     if base.optimizer.sgd is None or base.optimizer.sgd.momentum or base.optimizer.sgd.weight_decay:
         raise PlanError("noisy_quadratic follows plain SGD in closed form: write `optimizer: {sgd: {momentum: 0}}`")
     return NoisyQuadratic(dimension=data.dimension, rate=_rate(base))

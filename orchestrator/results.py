@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from orchestrator.recipe.schema import Target
+from orchestrator.recipe.workload_schema import Target
 
 METRICS = ("test_", "train_")
 

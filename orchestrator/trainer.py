@@ -15,7 +15,7 @@ from orchestrator import checkpoint, micro_batch, phases
 from orchestrator.evaluate import average_buffers, evaluate, reduced
 from orchestrator.metrics import Rows
 from orchestrator.phases import PhaseStore, Record
-from orchestrator.recipe.schema import Interval, Target
+from orchestrator.recipe.workload_schema import Interval, Target
 from orchestrator.results import reached
 from orchestrator.workloads.order import micro, share
 from strategies.contract import Batch, Clock, Plan, State, Stream, Weights, Worker, mix

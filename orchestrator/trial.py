@@ -6,7 +6,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from orchestrator.identity import digest
-from orchestrator.recipe.schema import Base, Checkpoint, Cluster, Engine, Model, Workload
+from orchestrator.recipe.choices import Model
+from orchestrator.recipe.schema import Base, Checkpoint, Cluster, Engine
+from orchestrator.recipe.workload_schema import Workload
 
 SEMANTICS = 1  # raised when the trainer changes what a trial means, so that old results are not taken for new ones
 

@@ -11,7 +11,7 @@ from orchestrator.predict.forecast import Forecast, forecast
 from orchestrator.predict.hardware import DEFAULT, OWN, PRESETS, Hardware, load
 from orchestrator.predict.measured import chosen, measured, summaries
 from orchestrator.predict.steps import steps_of
-from orchestrator.recipe.schema import LARGEST
+from orchestrator.recipe.choices import LARGEST
 
 
 def predict(

@@ -9,9 +9,9 @@ from pydantic import Field, ValidationError
 
 from orchestrator.files import Damaged
 from orchestrator.predict.collectives import FLAT, Wire, hierarchical
+from orchestrator.recipe.choices import Model, Positive
 from orchestrator.recipe.messages import findings
 from orchestrator.recipe.problems import Problem, RecipeError, nearest
-from orchestrator.recipe.schema import Model, Positive
 from orchestrator.recipe.yaml_nodes import MAX_BYTES, Document, read
 
 NotNegative = Annotated[float, Field(ge=0)]

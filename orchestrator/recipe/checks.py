@@ -10,11 +10,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from orchestrator.recipe import resolve
+from orchestrator.recipe.choices import Choice
 from orchestrator.recipe.fields import at, model_in
 from orchestrator.recipe.messages import Finding, findings
 from orchestrator.recipe.problems import Path
 from orchestrator.recipe.resolve import Point
-from orchestrator.recipe.schema import Base, Choice
+from orchestrator.recipe.schema import Base
 from orchestrator.recipe.study_schema import Recipe
 from strategies import CATALOGUE
 from strategies.contract import PlanError

@@ -13,8 +13,8 @@ from typing import Annotated, Any, get_args, get_type_hints
 from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
+from orchestrator.recipe.choices import LARGEST, WHOLE, Choice, Model
 from orchestrator.recipe.fields import branches, fields, model_in
-from orchestrator.recipe.schema import LARGEST, WHOLE, Choice, Model
 from strategies.contract import Strategy
 
 

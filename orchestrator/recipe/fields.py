@@ -7,8 +7,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from orchestrator.recipe.choices import Model
 from orchestrator.recipe.problems import Path
-from orchestrator.recipe.schema import Model
 
 
 def branches(annotation: Any) -> list[Any]:

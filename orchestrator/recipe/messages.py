@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic_core import ErrorDetails
 
+from orchestrator.recipe.choices import Choice
 from orchestrator.recipe.fields import at, branches, fields, model_in
 from orchestrator.recipe.problems import Path, nearest, short
-from orchestrator.recipe.schema import Choice
 from orchestrator.recipe.yaml_nodes import scalar
 from strategies.contract import SIGNS
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from orchestrator.recipe.choices import Choice
 from orchestrator.recipe.fields import at, model_in
 from orchestrator.recipe.problems import Path, Place, Problem, short
-from orchestrator.recipe.schema import Choice
 from orchestrator.recipe.yaml_nodes import Document, read
 
 

@@ -14,8 +14,9 @@ from pydantic import BaseModel
 
 from orchestrator import trial as trials  # a module, not its Trial: trial.py imports this package's schema
 from orchestrator.recipe.fields import below, model_in
-from orchestrator.recipe.schema import Base, Data, Workload
+from orchestrator.recipe.schema import Base
 from orchestrator.recipe.study_schema import Arm, Recipe
+from orchestrator.recipe.workload_schema import Data, Workload
 from orchestrator.recipe.yaml_nodes import scalar
 
 Number: TypeAlias = Literal["fp32", "bf16", "fp64"]

@@ -7,22 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
+from orchestrator.recipe.choices import Choice, Count, Model, Name, Positive
 from orchestrator.recipe.derive import choice_of, grid_over, patch_of
-from orchestrator.recipe.schema import (
-    Base,
-    Checkpoint,
-    Choice,
-    Cluster,
-    Count,
-    Ddp,
-    Engine,
-    Model,
-    Name,
-    Positive,
-    Precision,
-    Tracking,
-    Workload,
-)
+from orchestrator.recipe.schema import Base, Checkpoint, Cluster, Ddp, Engine, Precision, Tracking
+from orchestrator.recipe.workload_schema import Workload
 from strategies import CATALOGUE
 
 if TYPE_CHECKING:

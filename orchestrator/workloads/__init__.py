@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.recipe import schema
+from orchestrator.recipe import workload_schema
 from orchestrator.workloads.arrays import Arrays, fingerprint, load
 from orchestrator.workloads.files import DataError
 
@@ -26,7 +26,7 @@ def build_network(inputs: tuple[int, ...], classes: int, name: str, **options: A
 
 
 def open_dataset(
-    workload: schema.Workload, seed: int, device: torch.device, dtype: torch.dtype
+    workload: workload_schema.Workload, seed: int, device: torch.device, dtype: torch.dtype
 ) -> Dataset | QuadraticData:
     """The workload's data on `device`, in batches of `dtype`. Raises DataError if they can't be had."""
     from orchestrator.workloads.dataset import Dataset

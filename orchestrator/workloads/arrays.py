@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.recipe import schema
+from orchestrator.recipe import workload_schema
 from orchestrator.workloads import cache, cifar10, digits, image_folder, mnist, npz
 from orchestrator.workloads.files import DataError, Parsed, told
 
@@ -35,7 +35,7 @@ class Arrays:
 
 
 @told()
-def load(data: schema.Data) -> Arrays:
+def load(data: workload_schema.Data) -> Arrays:
     """The data set that a recipe names. Raises DataError if it is missing, truncated or corrupt.
 
     Parsed once per node into $BIGBATCH_HOME (or ~/.cache/bigbatch); all processes map the same files, copy-on-write.
@@ -45,12 +45,12 @@ def load(data: schema.Data) -> Arrays:
 
 
 @told()
-def fingerprint(data: schema.Data) -> str:
+def fingerprint(data: workload_schema.Data) -> str:
     """16 hexadecimal digits that change with the source files' bytes, and with what options make of them."""
     return _fingerprint(data, [] if data.name == "noisy_quadratic" else _source(data)[0])
 
 
-def _source(data: schema.Data) -> tuple[list[Path], Callable[[list[Path]], Parsed]]:
+def _source(data: workload_schema.Data) -> tuple[list[Path], Callable[[list[Path]], Parsed]]:
     options: Any = data.options
     match data.name:
         case "digits":
@@ -66,7 +66,7 @@ def _source(data: schema.Data) -> tuple[list[Path], Callable[[list[Path]], Parse
     raise ValueError(f"{data.name} has no arrays")
 
 
-def _fingerprint(data: schema.Data, paths: list[Path]) -> str:
+def _fingerprint(data: workload_schema.Data, paths: list[Path]) -> str:
     options = data.options.model_dump(exclude={"path"})  # the content counts, not where it lies
     if data.name == "image_folder":  # too many files to read them all
         content = [f"{'/'.join(p.parts[-3:])} {p.stat().st_size}" for p in paths]

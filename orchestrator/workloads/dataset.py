@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestrator.recipe import schema
+from orchestrator.recipe import workload_schema
 from orchestrator.workloads import order
 from orchestrator.workloads.arrays import Arrays
 from orchestrator.workloads.files import DataError
@@ -21,7 +21,9 @@ class Dataset:
     Images stay uint8, as (n, h, w, c), until the last step.
     """
 
-    def __init__(self, arrays: Arrays, augment: schema.Augment, seed: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, arrays: Arrays, augment: workload_schema.Augment, seed: int, device: torch.device, dtype: torch.dtype
+    ):
         """Raises DataError where flat data are to be cropped or flipped."""
         self.augment, self.seed, self.device, self.dtype = augment, seed, device, dtype
         self.classes = arrays.classes

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from orchestrator.recipe.schema import Data
+from orchestrator.recipe.workload_schema import Data
 from orchestrator.workloads import Arrays, DataError, cifar10, fingerprint, load
 from orchestrator.workloads.cache import file_hash
 
@@ -339,7 +339,7 @@ def test_damaged_image_folder(folders: Path) -> None:
 
 BUILD_ONCE = """
 import time
-from orchestrator.recipe.schema import Data
+from orchestrator.recipe.workload_schema import Data
 from orchestrator.workloads import load, mnist
 parse = mnist.parse
 def slow(paths):
@@ -378,7 +378,7 @@ def test_a_build_that_was_killed_is_begun_anew(folders: Path) -> None:
 def test_arrays_are_mapped_not_copied(folders: Path) -> None:
     import torch
 
-    from orchestrator.recipe.schema import Augment
+    from orchestrator.recipe.workload_schema import Augment
     from orchestrator.workloads.dataset import Dataset
 
     x = RNG.integers(0, 256, (2000, 3, 16, 16), np.uint8)
@@ -438,7 +438,7 @@ def test_a_damaged_cache_is_told(folders: Path) -> None:
 
 def test_fingerprints_need_neither_torch_nor_sklearn() -> None:
     code = (
-        "import sys; from orchestrator import workloads as w; from orchestrator.recipe.schema import Data\n"
+        "import sys; from orchestrator import workloads as w; from orchestrator.recipe.workload_schema import Data\n"
         "from orchestrator.identity import digest; from strategies.contract import ModelSpec\n"
         "print(w.fingerprint(Data.model_validate('digits')), digest(ModelSpec(w.build_network, (('name', 'mlp'),))))\n"
         "w.load(Data.model_validate('digits'))\n"

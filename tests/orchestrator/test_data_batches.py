@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from orchestrator.recipe.schema import Augment, Workload
+from orchestrator.recipe.workload_schema import Augment, Workload
 from orchestrator.workloads import Arrays, DataError, open_dataset, order
 from orchestrator.workloads.dataset import Dataset
 from orchestrator.workloads.noise import uniform

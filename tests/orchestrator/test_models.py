@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator.recipe.schema import Network
+from orchestrator.recipe.workload_schema import Network
 from orchestrator.workloads import build_network
 from orchestrator.workloads.models import Residual, resnet
 from strategies.contract import PlanError

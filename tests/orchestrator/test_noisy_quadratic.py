@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from orchestrator.identity import digest
-from orchestrator.recipe.schema import Workload
+from orchestrator.recipe.workload_schema import Workload
 from orchestrator.workloads import open_dataset
 from orchestrator.workloads.noisy_quadratic import NoisyQuadratic, QuadraticData, loss_after, network, steps_to_target
 from strategies.contract import Clock, Learner, ModelSpec, Need, State, Worker

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from orchestrator.recipe import Recipe, dump, expand, load, resolved
 from orchestrator.recipe.load import loads
 from orchestrator.recipe.resolve import merge
-from orchestrator.recipe.schema import Data
+from orchestrator.recipe.workload_schema import Data
 from orchestrator.trial import Trial
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from cluster.engines import make_worker
-from orchestrator.recipe.schema import Interval, Target
+from orchestrator.recipe.workload_schema import Interval, Target
 from strategies.contract import ModelSpec, Plan
 from strategies.net import Net
 from strategies.optimizers import AdamW

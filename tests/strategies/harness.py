@@ -15,7 +15,7 @@ from torch import nn
 
 from cluster.engines import make_worker
 from orchestrator.phases import PhaseStore
-from orchestrator.recipe.schema import Interval
+from orchestrator.recipe.workload_schema import Interval
 from orchestrator.trainer import Job, Progress, Trainer
 from orchestrator.workloads import order
 from strategies.backprop import Backprop

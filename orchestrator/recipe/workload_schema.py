@@ -1,0 +1,124 @@
+"""What a recipe may say of its workload: data, network, augmentation, target."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orchestrator.recipe.choices import WHOLE, Choice, Empty, ImportPath, Model, OneOf, Positive, Side
+
+
+class ArrayFile(Model):
+    path: str = Field(description="an .npz file with train_x, train_y, test_x, test_y")
+
+
+class ImageFolder(Model):
+    path: str = Field(description="a folder with train/CLASS/*.jpg|png and test/CLASS/*")
+    size: Side = Field(default=32, description="side in pixels to which images are resized")
+
+
+class QuadraticData(Model):
+    dimension: Positive = Field(default=10_000, description="coordinates; curvature and noise of coordinate i are 1/i")
+
+
+class Data(Choice):
+    digits: Empty | None = Field(default=None, description="scikit-learn's 8x8 digits, embedded: 1,437 train, 360 test")
+    mnist: Empty | None = Field(default=None, description="the four official IDX files in $BIGBATCH_DATA/mnist")
+    cifar10: Empty | None = Field(default=None, description="official binary or python layout under $BIGBATCH_DATA")
+    npz: ArrayFile | None = None
+    image_folder: ImageFolder | None = None
+    noisy_quadratic: QuadraticData | None = Field(
+        default=None, description="expected SGD on a noisy quadratic, in closed form"
+    )
+
+
+class Mlp(Model):
+    width: Positive = 128
+    depth: Positive = Field(default=3, description="linear layers, the last one to the classes")
+
+
+class SmallCnn(Model):
+    width: Positive = Field(default=16, description="channels of the first stage; doubled at each of the next two")
+    batch_norm: bool = True
+
+
+class Resnet(Model):
+    depth: Annotated[Literal[8, 18, 20, 56], WHOLE] = Field(
+        default=20, description="8, 20, 56: CIFAR form (6n+2); 18: the wide four-stage form"
+    )
+    width: Positive | None = Field(
+        default=None, description="channels of the first stage; default 16, or 64 for depth 18"
+    )
+
+
+class Vgg(Model):
+    depth: Annotated[Literal[11, 13, 16], WHOLE] = 11
+    width: Positive = Field(default=64, description="channels of the first stage")
+
+
+class Network(Choice):
+    mlp: Mlp | None = None
+    small_cnn: SmallCnn | None = None
+    resnet: Resnet | None = None
+    vgg: Vgg | None = None
+    import_: ImportPath | None = Field(
+        default=None, alias="import", description="package.module:function; needs --allow-code"
+    )
+
+
+class Augment(Model):
+    crop: Annotated[int, Field(ge=0, le=64), WHOLE] = Field(
+        default=0, description="pixels of zero padding around a random crop"
+    )
+    flip: bool = Field(default=False, description="mirror left-right at random")
+
+
+class Target(OneOf):
+    """One metric and the value to reach."""
+
+    test_accuracy: Annotated[float, Field(gt=0, le=1)] | None = None
+    test_loss: Annotated[float, Field(ge=0)] | None = None
+    train_loss: Annotated[float, Field(ge=0)] | None = None
+    stop: bool = Field(default=False, description="end the trial once the target is reached")
+
+    @classmethod
+    def alternatives(cls) -> list[str]:
+        return ["test_accuracy", "test_loss", "train_loss"]
+
+    @property
+    def metric(self) -> str:
+        return next(iter(self.model_fields_set - {"stop"}))
+
+    @property
+    def value(self) -> float:
+        return getattr(self, self.metric)
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.metric.endswith("accuracy")
+
+
+class Interval(OneOf):
+    """A stretch of training, in passes over the data set or in optimizer steps."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Positive | None = None
+
+    @classmethod
+    def alternatives(cls) -> list[str]:
+        return ["epochs", "steps"]
+
+    def in_steps(self, examples: int, batch: int) -> int:
+        """At least 1; `examples` in the data set, `batch` per step."""
+        return self.steps or max(1, round((self.epochs or 0) * examples / batch))
+
+
+class Workload(Model):
+    data: Data
+    model: Network = Network(mlp=Mlp())
+    augment: Augment = Augment()
+    target: Target | None = None
+    evaluate: Interval = Field(
+        default=Interval(epochs=1), description="how often test metrics and the target are checked"
+    )
