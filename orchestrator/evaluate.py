@@ -21,9 +21,19 @@ def evaluate(phase: Phase, net: Net, state: State, dataset: Any, worker: Worker)
     chunk = CHUNK.get(worker.device.type, 256)
     for start in range(begin, end, chunk):
         batch = phase.source(dataset.test(start, min(start + chunk, end)), net)
-        scores = dataset.score(phase.learner.predict(state, batch.x), batch.y)
+        scores = dataset.score(_logits(phase, state, batch.x), batch.y)
         sums = {name: value.double() + sums.get(name, 0.0) for name, value in scores.items()}
     return reduced(sums or _nothing(dataset), worker, dataset.test_examples)
+
+
+def _logits(phase: Phase, state: State, x: torch.Tensor) -> torch.Tensor:
+    """(n, ...) -> (n, classes): the weighted mean over the phase's views, in the dtype of `x`."""
+    predict = phase.learner.predict
+    if not phase.views:
+        return predict(state, x)
+    total = sum(view.weight for view in phase.views)
+    seen = [predict(state, view.change(x)).to(x.dtype) * (view.weight / total) for view in phase.views]
+    return torch.stack(seen).sum(0)
 
 
 def _nothing(dataset: Any) -> dict[str, torch.Tensor]:

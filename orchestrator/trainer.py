@@ -153,7 +153,14 @@ class PhaseRun:
             net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.carried.weights is not None:
             self.phase.carry(self.carried.weights, net)
+        else:
+            self._initialise(net)
         return net
+
+    def _initialise(self, net: Net) -> None:
+        """A pure function of the data: made again after a resume, when the checkpoint's weights take its place."""
+        for initialise in self.phase.initialise:
+            initialise(net, lambda n: self.phase.source(self.job.dataset.first(n), net))
 
     def _micro_batch(self) -> int:
         local = -(-self.phase.batch // self.worker.size)

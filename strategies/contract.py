@@ -3,9 +3,9 @@
 A strategy edits a plan; the trainer runs plans and has never heard of strategies. Information flows one way:
 recipe -> strategies -> plan -> trainer -> store. The seams of a phase, in the order in which they act:
 
-    model (spec) -> surgery (net -> net) -> carry (old weights -> new net) -> source (the data this phase sees)
-    -> maps (batch -> batch) -> learner; inside the usual learner, `Backprop`:
-    objective -> gradient -> updates -> optimizer / rate
+    model (spec) -> surgery (net -> net) -> carry (old weights -> new net), or initialise (weights from data)
+    -> source (the data this phase sees) -> maps (batch -> batch) -> learner; inside the usual learner, `Backprop`:
+    objective -> gradient -> updates -> optimizer / rate; and in evaluation: views (images -> images, logits averaged)
 
 What varies with time is a pure function of `Clock`. What must survive a restart is in `State.saved`, which the trainer
 owns. Whatever stands in a plan is a frozen dataclass or a module-level function, so that a plan prints and hashes.
@@ -145,6 +145,9 @@ class Worker(Protocol):
 Surgery: TypeAlias = "Callable[[Net], Net]"
 Carry: TypeAlias = "Callable[[Weights, Net], None]"
 """Old weights into the new network, in place."""
+Initialise: TypeAlias = "Callable[[Net, Callable[[int], Batch]], None]"
+"""Sets weights of a new network in place. `read(n)`: the first n training examples, or all if there are fewer, in the
+order of the data set, as this phase sees them but neither augmented nor mapped; alike on all ranks."""
 Source: TypeAlias = "Callable[[Batch, Net], Batch]"
 """A batch as this phase's network sees it, in training and in evaluation."""
 
@@ -157,6 +160,14 @@ class Stream:
         [int], Batch
     ]  # the unmapped examples that stand so many places further on than the micro-batch's own
     classes: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One way to look at the images of a test: the logits of all views of a phase are averaged by weight."""
+
+    change: Callable[[Tensor], Tensor]  # (n, c, h, w) -> (n, c, h, w)
+    weight: float = 1.0  # > 0; relative to the other views'
 
 
 BatchMap: TypeAlias = "Callable[[Batch, Clock, Stream], Batch]"
@@ -215,7 +226,9 @@ class Phase:
     carry: Carry = keep
     source: Source = all_data
     surgery: tuple[Surgery, ...] = ()
+    initialise: tuple[Initialise, ...] = ()  # where no weights are carried
     maps: tuple[BatchMap, ...] = ()
+    views: tuple[View, ...] = ()  # none: images are evaluated as they are
     hands_on: bool = False  # the next phase goes on with this one's learner state, not with its weights alone
 
     def steps(self, examples: int) -> int:

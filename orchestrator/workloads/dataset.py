@@ -46,6 +46,11 @@ class Dataset:
             x = _flip(x, uniform(self.seed, "flip", position)[:, 0] < 0.5)
         return Batch(self._normalise(x), self.train_y.index_select(0, chosen), position)
 
+    def first(self, n: int) -> Batch:
+        """The first n training examples, or all if there are fewer, in the order of the data set and not augmented."""
+        position = torch.arange(min(n, self.examples), device=self.device)
+        return Batch(self._normalise(self.train_x[:n]), self.train_y[:n], position)
+
     def test(self, start: int, stop: int) -> Batch:
         """Test examples [start, stop), in the order of the data set."""
         position = torch.arange(start, stop, device=self.device)

@@ -77,6 +77,9 @@ class QuadraticData:
         n = stop - start
         return Batch(self.x.expand(n, 1), self.y.expand(n), torch.arange(start, stop, device=self.device))
 
+    def first(self, n: int) -> Batch:
+        return self.train(0, n)
+
     def test(self, start: int, stop: int) -> Batch:
         return self.train(start, stop)
 
