@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from orchestrator import checkpoint, micro_batch, phases
+from orchestrator.broadcast import from_rank_0
 from orchestrator.evaluate import average_buffers, evaluate, reduced
 from orchestrator.metrics import Rows
 from orchestrator.phases import PhaseStore, Record
@@ -72,7 +73,7 @@ class Trainer:
 
     def run(self) -> Progress:
         """Trains what is left of the plan, from the newest checkpoint if there is one."""
-        found = checkpoint.load(self.job.directory / "checkpoints")
+        found = from_rank_0(self.worker, lambda: checkpoint.load(self.job.directory / "checkpoints"))
         if found:
             self.progress = Progress(**found["progress"])
         self.rows.trim(self.progress.steps)
@@ -87,9 +88,9 @@ class Trainer:
 
     def _phase(self, index: int, carried: Carried, found: dict[str, Any] | None) -> Carried:
         name = phases.key(self.job.plan, index, self.job.context)
-        record = self.job.store.get(name)
-        if self._all_have(record):
-            return self._reuse(record)  # type: ignore[arg-type]
+        kept = from_rank_0(self.worker, lambda: self._kept(name))
+        if kept:
+            return self._reuse(Record(**kept))
         if not found:
             self.progress.phase, self.progress.step = index, 0
         run = PhaseRun(self.job, self.worker, self.progress, self.rows, carried)
@@ -102,10 +103,9 @@ class Trainer:
             self.job.store.put(name, record)
         return Carried(run.weights(), run.handed_on)
 
-    def _all_have(self, record: Record | None) -> bool:
-        """Ranks look at different moments, while another gang may be finishing this very phase."""
-        have = torch.tensor(float(record is not None), device=self.worker.device)
-        return self.worker.sum_(have).item() == self.worker.size
+    def _kept(self, name: str) -> dict[str, Any] | None:
+        record = self.job.store.get(name)
+        return {f.name: getattr(record, f.name) for f in dataclasses.fields(record)} if record else None
 
     def _reuse(self, record: Record) -> Carried:
         self.rows.trim(record.progress["steps"] - record.progress["step"])  # rows of an unfinished attempt at the phase
