@@ -19,6 +19,10 @@ def compose(trial: Trial, examples: int) -> Plan:
     """The plan of a trial on a data set of `examples`. Raises PlanError if methods clash or the engine cannot serve them."""
     plan = Plan((_base_phase(trial, examples),))
     for name, options in trial.strategies:
+        if CATALOGUE[name].scales_rate and trial.base.rate.scale != "none":
+            raise PlanError(
+                f"{name} scales the rate itself, but base.rate.scale is {trial.base.rate.scale}: leave it out"
+            )
         plan = CATALOGUE[name](**options).edit(plan)
     check(plan, trial.engine.name)
     return plan

@@ -196,6 +196,9 @@ class PhaseRun:
         progress.steps += 1
         progress.examples += self.phase.batch
         progress.epochs = progress.examples / self.job.dataset.examples
+        ended = getattr(self.phase.learner, "ended", None)
+        if ended and ended(self.state):
+            self.steps = progress.step
 
     def _clock(self) -> Clock:
         progress, batch = self.progress, self.phase.batch
@@ -251,7 +254,8 @@ class PhaseRun:
         rate = getattr(self.phase.learner, "rate", None)
         row: dict[str, Any] = {"step": progress.steps, "phase": progress.phase, "epoch": progress.epochs}
         row |= {"examples": progress.examples, "seconds": progress.train_seconds}
-        row |= {"rate": rate(self._last_clock())} if rate else {}
+        told = {"rate": means.pop("rate")} if "rate" in means else {}
+        row |= told or ({"rate": rate(self._last_clock())} if rate else {})
         row |= {f"train_{name}": value for name, value in means.items()}
         return row | {"examples_per_second": steps * self.phase.batch / seconds}
 

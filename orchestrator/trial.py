@@ -9,6 +9,7 @@ from orchestrator.identity import digest
 from orchestrator.recipe.choices import Model
 from orchestrator.recipe.schema import Base, Checkpoint, Cluster, Engine
 from orchestrator.recipe.workload_schema import Workload
+from strategies import CATALOGUE
 
 SEMANTICS = 1  # raised when the trainer changes what a trial means, so that old results are not taken for new ones
 
@@ -47,6 +48,7 @@ class Trial(Model):
             "log_steps": self.log_steps,
             "local_batch": self.local_batch if self.normalises_batches else None,
             **self.compression,
+            **self.sharing,
         }
 
     def context(self) -> dict[str, Any]:
@@ -61,6 +63,13 @@ class Trial(Model):
             return {}
         options = choice.options.model_dump(mode="json")
         return {"compression": {"by": choice.name, **options, "workers": self.cluster.workers}}
+
+    @property
+    def sharing(self) -> dict[str, Any]:
+        """How a batch is shared out, where a strategy makes the result depend on it."""
+        if not any(CATALOGUE[name].parts_matter for name, _ in self.strategies):
+            return {}
+        return {"sharing": {"workers": self.cluster.workers, "local_batch": self.local_batch}}
 
     @property
     def local_batch(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from strategies.adascale import Adascale
 from strategies.batch_growth import BatchGrowth
 from strategies.contract import Strategy
 from strategies.ema import Ema
@@ -16,6 +17,7 @@ from strategies.noise_scale import NoiseScale
 from strategies.swa import Swa
 
 CATALOGUE: dict[str, type[Strategy]] = {
+    "adascale": Adascale,
     "batch_growth": BatchGrowth,
     "ema": Ema,
     "ghost_batch_norm": GhostBatchNorm,

@@ -46,6 +46,14 @@ class Update:
         """What to log of the step, as this rank's share: logged are means over steps of sums over ranks."""
         return {}
 
+    def rate(self, state: State, schedule: Schedule, clock: Clock) -> float | None:
+        """The rate of this step, where it is not the schedule's; asked for when all have changed the gradients."""
+        return None
+
+    def ended(self, state: State) -> bool:
+        """Whether the phase ends with this step, before all of its steps are taken; alike on all ranks."""
+        return False
+
     def weights(self, state: State) -> Mapping[str, Tensor] | None:
         """The weights to evaluate and to keep, where they are not the network's own."""
         return None
@@ -130,7 +138,6 @@ class Backprop:
         if not live.net.training:  # walking through all modules costs as much as a small layer
             live.net.train()
         loss = sum(self._micro(live, batch, clock, last=batch is batches[-1]) for batch in batches)
-        _set_rate(live.optimizer, self.rate(clock))
         self._apply(state, clock)
         metrics: Metrics = {"loss": loss}  # type: ignore[dict-item]
         for update, own in zip(self.updates, state.saved["updates"], strict=True):
@@ -149,6 +156,8 @@ class Backprop:
         def before() -> None:
             for update, own in pairs:
                 update.before(own, clock)
+            rates = [rate for update, own in pairs if (rate := update.rate(own, self.rate, clock)) is not None]
+            _set_rate(live.optimizer, rates[0] if rates else self.rate(clock))
 
         def after() -> None:
             for update, own in pairs:
@@ -171,6 +180,9 @@ class Backprop:
         found = [update.weights(own) for update, own in zip(self.updates, state.saved["updates"], strict=True)]
         return {name: value for weights in found if weights for name, value in weights.items()}
 
+    def ended(self, state: State) -> bool:
+        return any(update.ended(own) for update, own in zip(self.updates, state.saved["updates"], strict=True))
+
     def finish(self, state: State) -> None:
         """The weights that stand for the result become the network's own."""
         state.live.net.load_state_dict(self.averaged(state), strict=False)
@@ -181,8 +193,16 @@ def _set_rate(optimizer: Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("rate_factor", 1.0)
 
 
-def amend(phase: Phase, by: object, *, updates: tuple[Update, ...] = (), **changes: Callable[[Any], Any]) -> Phase:
-    """The phase with `updates` added, and each further field of its Backprop replaced by `change(old value)`.
+def amend(
+    phase: Phase,
+    by: object,
+    *,
+    first: tuple[Update, ...] = (),
+    updates: tuple[Update, ...] = (),
+    **changes: Callable[[Any], Any],
+) -> Phase:
+    """The phase with updates added, `first` before and `updates` after those that are there, and each further field of its
+    Backprop replaced by `change(old value)`.
 
     Raises PlanError, naming both sides, if the phase does not learn by Backprop.
     """
@@ -194,7 +214,7 @@ def amend(phase: Phase, by: object, *, updates: tuple[Update, ...] = (), **chang
             "put it before, or leave one of the two out"
         )
     new = {field: change(getattr(learner, field)) for field, change in changes.items()}
-    learner = dataclasses.replace(learner, updates=learner.updates + updates, **new)
+    learner = dataclasses.replace(learner, updates=first + learner.updates + updates, **new)
     averages = [update for update in learner.updates if type(update).weights is not Update.weights]
     if len(averages) > 1:
         raise PlanError(f"{averages[0]} and {averages[1]} both average weights in phase '{phase.name}': leave one out")

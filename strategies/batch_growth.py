@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from strategies.backprop import amend
+from strategies.backprop import Update, amend
 from strategies.contract import Phase, Plan, PlanError, Strategy, keep, option
 from strategies.rate import Rate, Steps
 
@@ -28,6 +28,8 @@ class BatchGrowth(Strategy):
     def _grown(self, phase: Phase) -> tuple[Phase, ...]:
         learner: Any = amend(phase, self).learner
         rate = learner.rate
+        if any(type(update).rate is not Update.rate for update in learner.updates):
+            raise PlanError("batch_growth and adascale both set the rate by the batch size: leave one of the two out")
         if not (isinstance(rate, Rate) and isinstance(rate.decay, Steps)):
             raise PlanError(
                 f"batch_growth takes the place of a step decay, but the rate is {rate}: write `decay: step`"

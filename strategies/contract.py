@@ -23,7 +23,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from math import ceil
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     import torch
@@ -178,7 +178,11 @@ Schedule: TypeAlias = "Callable[[Clock], float]"
 
 
 class Learner(Protocol):
-    """Turns the micro-batches of one optimizer step into new weights: the bottom escape for what no other seam fits."""
+    """Turns the micro-batches of one optimizer step into new weights: the bottom escape for what no other seam fits.
+
+    A learner may also have `rate`, the schedule that rows show, where no metric "rate" tells it; and `ended(state) -> bool`:
+    the phase ends with the step just taken, on all ranks alike.
+    """
 
     @property
     def needs(self) -> Need: ...
@@ -270,6 +274,11 @@ SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 @dataclass(frozen=True, slots=True)
 class Strategy(ABC):
     """A training method: frozen options, made with `option`, and one pure method."""
+
+    parts_matter: ClassVar[bool] = False
+    """Whether results depend on how a batch is shared out to workers and micro-batches, beyond rounding."""
+    scales_rate: ClassVar[bool] = False
+    """Whether the method itself sets the rate by the batch size, so that no scaling rule may."""
 
     @abstractmethod
     def edit(self, plan: Plan) -> Plan:

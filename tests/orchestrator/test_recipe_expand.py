@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.compose import compose
 from orchestrator.recipe import Recipe, dump, expand, load, resolved
 from orchestrator.recipe.load import loads
 from orchestrator.recipe.resolve import merge
 from orchestrator.recipe.workload_schema import Data
 from orchestrator.trial import Trial
+from strategies.contract import PlanError
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 TEXT = """\
@@ -199,3 +201,16 @@ def _read(text: str) -> Any:
 def test_merging_an_empty_patch_changes_nothing() -> None:
     data = resolved(recipe())
     assert merge(Recipe, data, {}) == data and merge(Recipe, data, data) == data
+
+
+def test_how_a_batch_is_shared_out_is_part_of_a_name_only_where_it_matters() -> None:
+    adascale = "arms.other.strategies=[{adascale: {per: 8}}]"
+    plain, other = slice(0, 8), slice(8, 16)
+    one, two = ids(adascale, "cluster.workers=1"), ids(adascale, "cluster.workers=2")
+    assert one[plain] == two[plain] and not set(one[other]) & set(two[other])
+
+
+def test_a_scaling_rule_beside_a_method_that_scales_is_refused() -> None:
+    settings = ("arms.other.strategies=[{adascale: {per: 8}}]", "base.rate.scale=linear")
+    with pytest.raises(PlanError, match=r"base\.rate\.scale is linear: leave it out"):
+        compose(trials(*settings)[-1], examples=100)

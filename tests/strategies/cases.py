@@ -54,6 +54,14 @@ class Case:
 
 
 CASES: dict[str, Case] = {
+    "adascale": Case(
+        acts={"per": 3},
+        neutral={"per": 12},
+        micro=6,
+        micro_batches=(),  # the gain is estimated from parts of a batch, so it depends on them
+        shares=((12, 6), (11, 6)),  # with the same parts, who holds them does not matter
+        repeats=False,  # twice the batch is twice the scale
+    ),
     "batch_growth": Case(acts={}, neutral={"largest": 1}, base=with_step_decay),
     "ema": Case(acts={"half_life": 0.5}, neutral={"half_life": 0.0}),
     "ghost_batch_norm": Case(

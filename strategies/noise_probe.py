@@ -1,0 +1,54 @@
+"""Measures gradient noise in training: compares the gradients of all micro-batches of all workers with their mean."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from strategies.contract import PlanError, Worker
+from strategies.gradient_noise import from_sums
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from strategies.net import Net
+
+
+class NoiseProbe:
+    """Watches the backward passes of one worker, one per micro-batch; `by` is the method that asks, for messages."""
+
+    def __init__(self, net: Net, worker: Worker, by: str):
+        self.worker, self.by = worker, by
+        self.parameters = [p for p in net.parameters() if p.requires_grad]
+        self.size = 0  # examples of the micro-batch in work
+        self.parts = 0  # micro-batches of this step so far
+        self.weighted: Any = 0.0  # sum of |share_i g_i|^2 / size_i
+        net.register_forward_pre_hook(self._forward)
+        for p in self.parameters:
+            p.register_hook(self._backward)  # sees what this backward pass adds, before it is averaged over workers
+
+    def _forward(self, net: Any, inputs: tuple[Tensor, ...]) -> None:
+        if net.training:
+            self.size, self.parts = len(inputs[0]), self.parts + 1
+
+    def _backward(self, grad: Tensor) -> None:
+        self.weighted = self.weighted + grad.detach().double().square().sum() / self.size
+
+    def measure(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(tr(Sigma), |G|^2, parts): estimates from the parts of this step's global batch, alike on all ranks.
+
+        For `Update.before`, while p.grad holds the mean gradient and no other update has changed it. Raises PlanError if
+        the batch has a single part.
+        """
+        import torch
+
+        workers = self.worker.size
+        if self.parts * workers < 2:
+            raise PlanError(
+                f"{self.by} compares parts of a batch, but there is one: add workers, or halve base.micro_batch"
+            )
+        own = torch.stack([self.weighted * (batch / workers) ** 2, self.weighted.new_tensor(self.parts)])
+        weighted, parts = self.worker.sum_(own)
+        mean_square = sum(p.grad.double().square().sum() for p in self.parameters if p.grad is not None)
+        self.parts, self.weighted = 0, 0.0
+        trace, signal = from_sums(weighted, parts, batch, mean_square)
+        return trace, signal, parts
