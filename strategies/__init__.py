@@ -4,29 +4,39 @@ from __future__ import annotations
 
 from strategies.adascale import Adascale
 from strategies.batch_growth import BatchGrowth
+from strategies.bias_rate import BiasRate
 from strategies.contract import Strategy
+from strategies.dirac import Dirac
 from strategies.ema import Ema
 from strategies.ghost_batch_norm import GhostBatchNorm
 from strategies.gradient_clipping import GradientClipping
 from strategies.label_smoothing import LabelSmoothing
 from strategies.lamb import Lamb
 from strategies.lars import Lars
+from strategies.lookahead import Lookahead
 from strategies.mixup import Mixup
 from strategies.muon import Muon
 from strategies.noise_scale import NoiseScale
 from strategies.swa import Swa
+from strategies.test_time_augmentation import TestTimeAugmentation
+from strategies.whitening import Whitening
 
 CATALOGUE: dict[str, type[Strategy]] = {
     "adascale": Adascale,
     "batch_growth": BatchGrowth,
+    "bias_rate": BiasRate,
+    "dirac": Dirac,
     "ema": Ema,
     "ghost_batch_norm": GhostBatchNorm,
     "gradient_clipping": GradientClipping,
     "label_smoothing": LabelSmoothing,
     "lamb": Lamb,
     "lars": Lars,
+    "lookahead": Lookahead,
     "mixup": Mixup,
     "muon": Muon,
     "noise_scale": NoiseScale,
     "swa": Swa,
+    "test_time_augmentation": TestTimeAugmentation,
+    "whitening": Whitening,
 }

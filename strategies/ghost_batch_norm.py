@@ -58,7 +58,7 @@ class RunningMeans(Update):
             layer.forget()  # what the search for the micro-batch left behind
         return State(live=(layers, worker))
 
-    def after(self, state: State, clock: Clock) -> None:
+    def before(self, state: State, clock: Clock) -> None:
         import torch
 
         layers, worker = state.live

@@ -22,6 +22,8 @@ class GhostBatchNorm(_BatchNorm):
     def __init__(self, old: _BatchNorm, size: int, in_order: bool):
         super().__init__(old.num_features, old.eps, old.momentum, old.affine, old.track_running_stats)
         self.load_state_dict(old.state_dict())
+        for own, taken in zip(self.parameters(), old.parameters(), strict=True):
+            own.requires_grad_(taken.requires_grad)
         self.size, self.in_order = size, in_order
         features = 0 if self.running_mean is None else self.num_features
         self.register_buffer("sums", torch.zeros(2 * features + 1), persistent=False)  # of means, of variances; parts

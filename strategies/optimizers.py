@@ -6,18 +6,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.optim import Optimizer
 
     from strategies.net import Net
 
 
 def groups(net: Net, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: decayed (2 dimensions and more), not decayed (Goyal et al. 2017, section 5.1)."""
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim >= 2]
-    plain = [p for p in parameters if p.ndim < 2]
-    both = ({"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0})
-    return [g for g in both if g["params"]] or [{"params": []}]
+    """Parameter groups: decayed (2 dimensions and more), not decayed (Goyal et al. 2017, section 5.1).
+
+    Each is divided further by the net's `rate_factors`.
+    """
+    alike: dict[tuple[bool, float], list[Tensor]] = {}
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            alike.setdefault((p.ndim < 2, net.rate_factors.get(name, 1.0)), []).append(p)
+    return [
+        {"params": parameters, "weight_decay": 0.0 if plain else weight_decay, "rate_factor": factor}
+        for (plain, factor), parameters in sorted(alike.items(), key=lambda item: item[0])
+    ] or [{"params": []}]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from strategies.contract import ModelSpec, Phase, Plan
 from strategies.net import Net
 from strategies.optimizers import AdamW
 from strategies.rate import Rate, Steps
+from tests.strategies.harness import IMAGES, WIDTH, FlatNet
 
 
 def as_it_is(plan: Plan) -> Plan:
@@ -33,12 +35,31 @@ def with_step_decay(plan: Plan) -> Plan:
 
 
 def normalised_net(inputs: tuple[int, ...], classes: int) -> Net:
-    stage = nn.Sequential(nn.Linear(inputs[0], 8), nn.BatchNorm1d(8), nn.Tanh())
-    return Net([stage], head=nn.Linear(8, classes))
+    stage = nn.Sequential(nn.Linear(math.prod(inputs), 8), nn.BatchNorm1d(8), nn.Tanh())
+    return FlatNet([stage], head=nn.Linear(8, classes))
 
 
 def with_batch_norm(plan: Plan) -> Plan:
     return plan.map(lambda phase: dataclasses.replace(phase, model=ModelSpec(normalised_net)))
+
+
+def convolved_net(inputs: tuple[int, ...], classes: int) -> Net:
+    first = nn.Sequential(nn.Conv2d(inputs[0], 8, 2), nn.Tanh())
+    second = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Tanh())
+    return Net([first, second], nn.Flatten(), nn.Linear(16, classes))
+
+
+def layer_normed_net(inputs: tuple[int, ...], classes: int) -> Net:
+    stage = nn.Sequential(nn.Linear(math.prod(inputs), 8), nn.LayerNorm(8), nn.Tanh())
+    return FlatNet([stage], head=nn.Linear(8, classes))
+
+
+def with_layer_norm(plan: Plan) -> Plan:
+    return plan.map(lambda phase: dataclasses.replace(phase, model=ModelSpec(layer_normed_net)))
+
+
+def with_convolutions(plan: Plan) -> Plan:
+    return plan.map(lambda phase: dataclasses.replace(phase, model=ModelSpec(convolved_net)))
 
 
 @dataclass(frozen=True)
@@ -46,10 +67,11 @@ class Case:
     acts: dict[str, Any]  # options under which the method changes the result
     neutral: dict[str, Any]  # options under which it must not
     base: Callable[[Plan], Plan] = as_it_is  # makes of the usual baseline the one that the method works on
+    inputs: tuple[int, ...] = (WIDTH,)  # shape of an example: IMAGES, or flat
     micro: int = 64  # examples per forward pass where a law does not say otherwise: whole batches
     micro_batches: tuple[tuple[int, int], ...] = ((12, 5), (11, 4))  # law 2: (batch, micro-batch); 12 = 4 + 4 + 4
     shares: tuple[tuple[int, int], ...] = ((12, 2), (11, 2))  # law 3: the same; 11: shares of 5 and 6
-    measures: bool = False  # logs, and changes nothing
+    measures: bool = False  # changes what is logged, and not the weights
     repeats: bool = True  # law 8; not where the examples of a batch are normalised together
 
 
@@ -63,6 +85,8 @@ CASES: dict[str, Case] = {
         repeats=False,  # twice the batch is twice the scale
     ),
     "batch_growth": Case(acts={}, neutral={"largest": 1}, base=with_step_decay),
+    "bias_rate": Case(acts={"factor": 4}, neutral={"factor": 1}, base=with_layer_norm),
+    "dirac": Case(acts={}, neutral={"share": 0}, base=with_convolutions, inputs=IMAGES),
     "ema": Case(acts={"half_life": 0.5}, neutral={"half_life": 0.0}),
     "ghost_batch_norm": Case(
         acts={"size": 3},
@@ -76,8 +100,13 @@ CASES: dict[str, Case] = {
     "label_smoothing": Case(acts={"amount": 0.2}, neutral={"amount": 0.0}),
     "lamb": Case(acts={}, neutral={"trust": False}, base=with_adamw),
     "lars": Case(acts={"trust": 0.1}, neutral={"trust": 0.0, "form": "torch"}),
+    "lookahead": Case(acts={"every": 2, "power": 3}, neutral={"every": 3, "alpha": 1}),
     "mixup": Case(acts={"alpha": 0.4}, neutral={"alpha": 0.0}),
     "muon": Case(acts={"rate": 0.5}, neutral={"smallest": 1000}),
     "noise_scale": Case(acts={}, neutral={}, micro=6, measures=True),
     "swa": Case(acts={"start": 0.5}, neutral={"start": 1.0}),
+    "test_time_augmentation": Case(
+        acts={"shift": 1}, neutral={"mirror": False}, base=as_it_is, inputs=IMAGES, measures=True
+    ),
+    "whitening": Case(acts={}, neutral={"examples": 0}, base=with_convolutions, inputs=IMAGES),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import multiprocessing
 import os
 from dataclasses import dataclass
@@ -25,11 +26,12 @@ from strategies.optimizers import Sgd
 from strategies.rate import Rate
 
 EXAMPLES, WIDTH, CLASSES = 48, 6, 3
+IMAGES = (1, 2, 3)  # the shape of an example where a method needs images
 
 
 @dataclass
 class Blobs:
-    """Three Gaussian blobs. `repeat` makes each example stand `repeat` times in a row in the stream."""
+    """Three Gaussian blobs. `repeat` makes each example stand `repeat` times in a row in the stream; images: see IMAGES."""
 
     seed: int = 0
     repeat: int = 1
@@ -44,7 +46,7 @@ class Blobs:
         self.y = torch.arange(EXAMPLES) % CLASSES
         centres = torch.randn(CLASSES, WIDTH, generator=made, dtype=torch.float64)
         noise = torch.randn(EXAMPLES, WIDTH, generator=made, dtype=torch.float64)
-        self.x = (centres[self.y] + 0.7 * noise).to(self.dtype)
+        self.x = (centres[self.y] + 0.7 * noise).to(self.dtype).view(EXAMPLES, *self.inputs)
 
     @property
     def examples(self) -> int:
@@ -60,6 +62,10 @@ class Blobs:
         chosen = stream[position // self.repeat - first]
         return Batch(self.x[chosen], self.y[chosen], position)
 
+    def first(self, n: int) -> Batch:
+        position = torch.arange(min(n, self.examples))
+        return Batch(self.x[position // self.repeat], self.y[position // self.repeat], position)
+
     def test(self, start: int, stop: int) -> Batch:
         return Batch(self.x[start:stop], self.y[start:stop], torch.arange(start, stop))
 
@@ -68,8 +74,15 @@ class Blobs:
         return {"test_loss": loss, "test_accuracy": (logits.argmax(1) == y).sum()}
 
 
+class FlatNet(Net):
+    """A net of linear layers, which takes images as vectors."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.flatten(1))
+
+
 def tiny_net(inputs: tuple[int, ...], classes: int) -> Net:
-    return Net([nn.Sequential(nn.Linear(inputs[0], 8), nn.Tanh())], head=nn.Linear(8, classes))
+    return FlatNet([nn.Sequential(nn.Linear(math.prod(inputs), 8), nn.Tanh())], head=nn.Linear(8, classes))
 
 
 def baseline(epochs: float = 3, batch: int = 12) -> Plan:
