@@ -7,10 +7,12 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
 
+from cluster import mirror
 from cluster.tasks import Done, Failed, Task, attempt
 
 
@@ -22,6 +24,7 @@ class Seat:
     node: str  # Ray's id
     host: str
     pid: int
+    sees_files: bool  # of the driver
 
 
 class Rank:
@@ -48,13 +51,14 @@ class Rank:
         self.store = TCPStore(address, port, self.size, True, limit, **serve)
         return address, port
 
-    def join(self, address: tuple[str, int], timeout: float) -> Done | Failed:
-        """Enter the process group; collectives fail after `timeout` seconds. -> Done(Seat)."""
-        self.joined = attempt(self.rank, lambda: self._join(address, timeout))
+    def join(self, address: tuple[str, int], timeout: float, sign: Path | None = None) -> Done | Failed:
+        """Enter the process group; collectives fail after `timeout` seconds. `sign`: a file that shows whether this node
+        sees the driver's. -> Done(Seat)."""
+        self.joined = attempt(self.rank, lambda: self._join(address, timeout, sign))
         gc.freeze()  # what is loaded by now stays: collections between tasks need not visit it
         return self.joined
 
-    def _join(self, address: tuple[str, int], timeout: float) -> Seat:
+    def _join(self, address: tuple[str, int], timeout: float, sign: Path | None) -> Seat:
         import ray
 
         if self.size > 1:
@@ -68,12 +72,14 @@ class Rank:
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface(nodes, own)
             kind = backend(self.device)
             dist.init_process_group(kind, store=store, rank=self.rank, world_size=self.size, timeout=limit)
-        return Seat(self.rank, ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid())
+        sees = sign is None or sign.exists()
+        return Seat(self.rank, ray.get_runtime_context().get_node_id(), socket.gethostname(), os.getpid(), sees)
 
-    def run(self, task: Task) -> Done | Failed:
-        """The task's outcome; only rank 0 sends its value."""
+    def run(self, task: Task, moved: Path | None = None) -> Done | Failed:
+        """The task's outcome; only rank 0 sends its value. `moved`: see `cluster.mirror`."""
         if isinstance(self.joined, Failed):
             return self.joined
+        mirror.moved = moved
         outcome = attempt(self.rank, lambda: self._run(task))
         return outcome if self.rank == 0 or isinstance(outcome, Failed) else Done(None)
 

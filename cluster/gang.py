@@ -7,13 +7,18 @@ joining the process group and the first task are queued at once, and `poll` meet
 from __future__ import annotations
 
 import contextlib
+import secrets
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import psutil
 
+from cluster import couriers, session
 from cluster.actor import Rank, Seat
-from cluster.session import capacity, connect, disconnect, gpus_each, ray
+from cluster.couriers import Couriers
+from cluster.placement import Placement
+from cluster.session import capacity, connect, gpus_each, ray
 from cluster.tasks import Done, Failed, Lost, Outcome, Task, failure, root_cause
 
 __all__ = ["RayGang", "capacity", "connect", "disconnect"]
@@ -26,13 +31,24 @@ remote: Any = ray.remote  # its type hints leave out concurrency groups
 
 
 class RayGang:
-    """`size` actors, packed as closely as the cluster allows. See `cluster.tasks.Gang`.
+    """`size` actors on one node or several. See `cluster.tasks.Gang`.
 
     `gpus`: per worker; by default 1 where the cluster has enough of them.
     `timeout`: seconds after which a rank without a sign of life is lost, and after which a collective fails.
+    `placement`: pack: as few nodes as the cluster allows; spread: as many.
+    `folder`: of the driver's, in which tasks write; nodes that do not see it get copies of `Task.files`.
     """
 
-    def __init__(self, size: int, threads: int = 1, gpus: int | None = None, timeout: float = 300, name: str = "gang"):
+    def __init__(
+        self,
+        size: int,
+        threads: int = 1,
+        gpus: int | None = None,
+        timeout: float = 300,
+        name: str = "gang",
+        placement: Literal["pack", "spread"] = "pack",
+        folder: Path | None = None,
+    ):
         self.size, self.name, self.timeout = size, name, timeout
         gpus = gpus_each(size) if gpus is None else gpus
         self.began = time.monotonic()
@@ -42,16 +58,30 @@ class RayGang:
         self.waiting: dict[Any, int] = {}  # calls in flight -> rank
         self.reports: dict[int, Done | Failed] = {}  # of the task, by rank
         self.failed_at: float | None = None
+        self.lost: Lost | None = None
         self.broken = self.busy = False
-        bundle = {"CPU": threads, "GPU": gpus} if gpus else {"CPU": threads}
-        self.group = ray.util.placement_group([bundle] * size, strategy="PACK")
+        self.task: Task | None = None
+        self.couriers: Couriers | None = None  # once it is known which nodes the ranks are on
+        self.placement = Placement(name, size, threads, gpus, placement)
         self.ranks = [self._rank(rank, threads, gpus) for rank in range(size)]
         self.pulse = Pulse(self.ranks, timeout)
+        self.sign = self._make_sign(folder)
         address = self.ranks[0].bind.remote(timeout)
-        self.waiting |= {actor.join.remote(address, timeout): rank for rank, actor in enumerate(self.ranks)}
+        joins = [actor.join.remote(address, timeout, self.sign) for actor in self.ranks]
+        self.waiting |= {call: rank for rank, call in enumerate(joins)}
+
+    def _make_sign(self, folder: Path | None) -> Path | None:
+        """A file that only those can see who see the driver's files."""
+        if folder is None:
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        sign = folder / f".driver-{secrets.token_hex(8)}"
+        sign.touch()
+        return sign
 
     def _rank(self, rank: int, threads: int, gpus: int) -> Any:
-        place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self.group, rank)
+        group = self.placement.group
+        place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group, rank)
         options = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
         actor = remote(concurrency_groups={"pulse": 1}, scheduling_strategy=place, **options)(Rank)
         return actor.remote(rank, self.size, gpus)
@@ -59,17 +89,29 @@ class RayGang:
     def start(self, task: Task) -> None:
         if self.broken or self.busy:
             raise RuntimeError(f"{self.name} cannot take a task: it is {'closed or broken' if self.broken else 'busy'}")
-        self.busy = True
-        self.reports = {}
-        self.waiting |= {actor.run.remote(task): rank for rank, actor in enumerate(self.ranks)}
+        self.busy, self.task, self.reports = True, task, {}
+        if self.couriers:
+            self._begin(task, self.couriers)
+
+    def _begin(self, task: Task, couriers: Couriers) -> None:
+        """All ranks are seated: first their files, then the task."""
+        try:
+            moved = couriers.send(task.files)
+        except ray.exceptions.RayActorError:
+            rank = next(seat.rank for seat in self.seats.values() if not seat.sees_files)
+            self.lost = Lost(rank, "a node died while files were sent to it")
+            return
+        calls = [actor.run.remote(task, moved.get(self.seats[rank].node)) for rank, actor in enumerate(self.ranks)]
+        self.waiting |= {call: rank for rank, call in enumerate(calls)}
 
     def poll(self, timeout: float) -> Outcome | None:
         limit = time.monotonic() + timeout
         while True:
             outcome = self._collect(min(self.pulse.interval, max(0.0, limit - time.monotonic()))) or self._verdict()
+            if self.couriers and self.task:
+                self.couriers.look()
             if outcome is not None:
-                self._settle(outcome)
-                return outcome
+                return self._settle(outcome)
             if time.monotonic() >= limit:
                 return None
 
@@ -94,7 +136,7 @@ class RayGang:
         if isinstance(report, Done) and isinstance(report.value, Seat):
             self._seat(report.value)
             if len(self.seats) == self.size:
-                self.startup_seconds = time.monotonic() - self.began
+                self._seated()
             return
         self.reports.setdefault(rank, report)
         if isinstance(report, Failed) and self.failed_at is None:
@@ -106,23 +148,39 @@ class RayGang:
             with contextlib.suppress(psutil.NoSuchProcess):
                 self.processes.append(psutil.Process(seat.pid))  # remembers when it began: never another with its id
 
+    def _seated(self) -> None:
+        self.startup_seconds = time.monotonic() - self.began
+        self.couriers = Couriers(self.name, list(self.seats.values()))
+        self._remove_sign()
+        if self.task:
+            self._begin(self.task, self.couriers)
+
+    def _remove_sign(self) -> None:
+        if self.sign:
+            self.sign.unlink(missing_ok=True)
+
     def _verdict(self) -> Outcome | None:
+        if self.lost:
+            return self.lost
         failures = [report for report in self.reports.values() if isinstance(report, Failed)]
         if failures and (not self.waiting or time.monotonic() - (self.failed_at or 0) > GRACE):
             return root_cause(failures)
         if len(self.reports) == self.size and not failures:
             return self.reports[0]
         if self.startup_seconds is None:
-            late = time.monotonic() - self.began > max(START_LIMIT, self.timeout)
-            return Lost(0, f"{self.name} has not started: no room on the cluster, or workers hang") if late else None
+            late = self.placement.seconds() > max(START_LIMIT, self.timeout)
+            return Lost(0, f"{self.name} has not started: its workers hang") if late else None
         return self.pulse.silent()
 
-    def _settle(self, outcome: Outcome) -> None:
-        """After a task: make ready for the next one, or never take one again."""
-        self.busy, self.broken = False, not isinstance(outcome, Done)
+    def _settle(self, outcome: Outcome) -> Outcome:
+        """After a task: fetch its files, make ready for the next one, or never take one again."""
+        if self.couriers and not self.couriers.finish() and isinstance(outcome, Done):
+            outcome = Lost(0, "a node died before it had handed over its files")
+        self.busy, self.broken, self.task = False, not isinstance(outcome, Done), None
         if not self.broken:
             for actor in self.ranks:
                 actor.reset.remote()  # runs while the driver prepares the next task
+        return outcome
 
     def _whereabouts(self, rank: int) -> str:
         seat = self.seats.get(rank)
@@ -130,15 +188,26 @@ class RayGang:
 
     def close(self) -> None:
         self.broken = True
+        self._remove_sign()
+        if self.couriers and self.ranks:
+            if self.busy:
+                self.couriers.finish(STOP_LIMIT)
+            self.couriers.forget()
         for actor in self.ranks:
             ray.kill(actor, no_restart=True)
         for process in self.processes:  # a stopped process does not hear Ray
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         if self.ranks:
-            ray.util.remove_placement_group(self.group)
+            ray.util.remove_placement_group(self.placement.group)
         psutil.wait_procs(self.processes, timeout=STOP_LIMIT)
         self.ranks, self.processes = [], []
+
+
+def disconnect() -> None:
+    """Leave the cluster, and no copies of files on it; end it if it is ours."""
+    couriers.release()
+    session.disconnect()
 
 
 class Pulse:

@@ -26,6 +26,16 @@ class CapacityError(ClusterError):
 
 
 @dataclass(frozen=True)
+class Files:
+    """What a task finds and leaves on disk: absolute paths of folders on the driver's node. Nodes that do not see them
+    work on copies (see `cluster.mirror`), and what ranks write there comes back."""
+
+    writes: tuple[Path, ...] = ()
+    reads: tuple[Path, ...] = ()  # in `writes`: what rank 0 needs of them
+    constant: tuple[Path, ...] = ()  # never change once they are there: sent to a node once, if it has no such folder
+
+
+@dataclass(frozen=True)
 class Task:
     """A function that every rank of a gang calls as `function(worker, argument)`; rank 0's return value is the result.
 
@@ -38,6 +48,7 @@ class Task:
     options: Mapping[str, Any] = field(default_factory=dict)  # of the engine, e.g. {"find_unused_parameters": False}
     precision: Precision = "fp32"
     threads: int = 1  # CPU threads per rank
+    files: Files = Files()
 
 
 @dataclass(frozen=True)
