@@ -70,9 +70,10 @@ def _run(worker: Worker, assignment: Assignment) -> dict[str, Any]:
 def _seconds(progress: Any, data: float, wall: float) -> dict[str, float | None]:
     """Where the time went; none for training that was done elsewhere."""
     if progress.reused_steps:
-        return {"startup": wall - data, "data": data, "train": None, "eval": None}
-    train, evaluation = progress.train_seconds, progress.eval_seconds
-    return {"startup": max(0.0, wall - data - train - evaluation), "data": data, "train": train, "eval": evaluation}
+        return {"startup": wall - data, "data": data, "train": None, "eval": None, "save": None}
+    train, evaluation, save = progress.train_seconds, progress.eval_seconds, progress.save_seconds
+    startup = max(0.0, wall - data - train - evaluation - save)
+    return {"startup": startup, "data": data, "train": train, "eval": evaluation, "save": save}
 
 
 def _names(trial: Trial) -> dict[str, Any]:
@@ -94,7 +95,7 @@ def _job(worker: Worker, assignment: Assignment) -> Any:
     trial = assignment.trial
     dtype = torch.float64 if trial.precision == "fp64" else torch.float32
     dataset = open_dataset(trial.workload, trial.seed, worker.device, dtype)
-    limit = trial.base.micro_batch
+    limit, interval = trial.base.micro_batch, trial.checkpoint.seconds
     return Job(
         plan=compose(trial, dataset.examples),
         dataset=dataset,
@@ -107,7 +108,8 @@ def _job(worker: Worker, assignment: Assignment) -> Any:
         micro_batch=None if limit == "auto" else limit,
         dtype=dtype,
         log_steps=trial.log_steps,
-        save_seconds=trial.checkpoint.seconds,
+        save_seconds=None if interval == "auto" else interval,
+        mtbf=trial.checkpoint.mtbf,
         keep=trial.checkpoint.keep,
     )
 

@@ -13,6 +13,7 @@ import torch
 
 from orchestrator import checkpoint, micro_batch, phases
 from orchestrator.broadcast import from_rank_0
+from orchestrator.checkpoint_interval import CheckpointInterval, expected_cost
 from orchestrator.evaluate import average_buffers, evaluate, reduced
 from orchestrator.metrics import Rows
 from orchestrator.phases import PhaseStore, Record
@@ -22,6 +23,7 @@ from orchestrator.workloads.order import micro, share
 from strategies.contract import Batch, Clock, Plan, State, Stream, Weights, Worker, mix
 from strategies.net import Net
 
+SAVED = 3  # times the weights, about: a checkpoint holds them, the optimizer's state and what came before
 EXPLODED = 3.0  # times the first loss: a trial that stays above it for 1 % of its steps has diverged
 
 
@@ -40,7 +42,8 @@ class Job:
     micro_batch: int | None = None  # examples per forward pass at most; None: found
     dtype: torch.dtype = torch.float32
     log_steps: int = 50
-    save_seconds: float = 30.0
+    save_seconds: float | None = None  # of training between checkpoints; None: as often as pays off
+    mtbf: float = 3600.0  # seconds from one failure to the next
     keep: int = 2
 
 
@@ -55,6 +58,8 @@ class Progress:
     epochs: float = 0.0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
+    save_seconds: float = 0.0
+    saves: int = 0
     first_loss: float | None = None
     exploded_since: int | None = None  # step since which the loss has been too high
     status: str = "running"  # done, diverged
@@ -140,7 +145,8 @@ class PhaseRun:
         self.window: dict[str, torch.Tensor] = {}  # sums of this rank's metrics since the last row
         self.window_start = progress.step
         self.watch = Stopwatch(worker.device)
-        self.saved_at = time.monotonic()
+        self.interval = CheckpointInterval(job.save_seconds, job.mtbf)
+        self.saved_at = progress.train_seconds
 
     def _build(self) -> Net:
         job = self.job
@@ -277,11 +283,19 @@ class PhaseRun:
     def _save_if_due(self) -> None:
         """Rank 0 alone decides and writes: saving changes nothing that another rank would see."""
         ended = self.progress.step == self.steps or self.progress.status != "running"
-        if self.worker.rank or ended or time.monotonic() - self.saved_at < self.job.save_seconds:
+        if self.worker.rank or ended or not self._save_due():
             return
         content = {"progress": asdict(self.progress), "state": self.state, "carried": self.carried.weights}
         checkpoint.save(self.job.directory / "checkpoints", self.progress.steps, content, self.job.keep)
-        self.saved_at = time.monotonic()
+        self.saved_at = self.progress.train_seconds
+        self.progress.save_seconds += self.watch.lap()
+        self.progress.saves += 1
+
+    def _save_due(self) -> bool:
+        progress, size = self.progress, sum(t.nbytes for t in self.weights().values())
+        cost = progress.save_seconds / progress.saves if progress.saves else expected_cost(SAVED * size)
+        trained = progress.train_seconds
+        return self.interval.due(trained - self.saved_at, trained, progress.save_seconds, cost)
 
 
 def seed(device: torch.device, number: int) -> None:

@@ -131,8 +131,13 @@ class Tracking(Model):
 
 
 class Checkpoint(Model):
-    seconds: Annotated[float, Field(ge=0)] = Field(
-        default=30, description="seconds of training between checkpoints; 0: each log row"
+    seconds: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="seconds of training between checkpoints; 0: each log row; auto: as often as pays off, "
+        "at no more than 3 % of the training time",
+    )
+    mtbf: Annotated[float, Field(gt=0)] = Field(
+        default=3600, description="mean seconds between failures of the workers, for `seconds: auto`"
     )
     keep: Positive = 2
 

@@ -47,6 +47,6 @@ def test_the_result_tells_what_a_reader_needs(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("phases/*/weights.safetensors")
     learnt = [v for name, v in load_file(file).items() if "running" not in name and v.ndim]
     assert result["parameters"] == sum(v.numel() for v in learnt)
-    assert {"startup", "data", "train", "eval"} == result["seconds"].keys()
+    assert {"startup", "data", "train", "eval", "save"} == result["seconds"].keys()
     assert all(seconds >= 0 for seconds in result["seconds"].values())
     assert result["final"].keys() >= {"train_loss", "test_loss", "test_accuracy"} and not result["reused"]
