@@ -9,6 +9,7 @@ import torch
 from orchestrator.workloads.order import share
 from strategies.contract import Phase, State, Worker
 from strategies.net import Net
+from strategies.replicas import average_
 
 CHUNK = {"cpu": 256, "cuda": 4096}  # examples per forward pass: small enough for a CPU's cache, enough to fill a GPU
 
@@ -54,9 +55,4 @@ def average_buffers(net: Net, worker: Worker) -> None:
     """Running statistics (batch norm), averaged over workers by one collective per dtype."""
     if worker.size == 1:
         return
-    buffers = [b for b in net.buffers() if b.is_floating_point()]
-    for dtype in sorted({b.dtype for b in buffers}, key=str):
-        alike = [b for b in buffers if b.dtype == dtype]
-        flat = worker.sum_(torch.cat([b.reshape(-1) for b in alike])) / worker.size
-        for buffer, part in zip(alike, flat.split([b.numel() for b in alike]), strict=True):
-            buffer.copy_(part.view_as(buffer))
+    average_([b for b in net.buffers() if b.is_floating_point()], worker)

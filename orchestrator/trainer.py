@@ -202,9 +202,13 @@ class PhaseRun:
         progress.steps += 1
         progress.examples += self.phase.batch
         progress.epochs = progress.examples / self.job.dataset.examples
-        ended = getattr(self.phase.learner, "ended", None)
-        if ended and ended(self.state):
+        if self._ask("ended", self.state):
             self.steps = progress.step
+
+    def _ask(self, name: str, *args: Any) -> Any:
+        """What a method answers that a learner may have, or None."""
+        method = getattr(self.phase.learner, name, None)
+        return method(*args) if method else None
 
     def _clock(self) -> Clock:
         progress, batch = self.progress, self.phase.batch
@@ -243,6 +247,7 @@ class PhaseRun:
         row = self._row(seconds)
         average_buffers(self.net, self.worker)
         self.worker.settle()
+        self._ask("settle", self.state)
         self._judge_loss(row["train_loss"])
         if self._evaluates() and self.progress.status == "running":
             row |= evaluate(self.phase, self.net, self.state, self.job.dataset, self.worker)

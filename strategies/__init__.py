@@ -17,6 +17,7 @@ from strategies.lookahead import Lookahead
 from strategies.mixup import Mixup
 from strategies.muon import Muon
 from strategies.noise_scale import NoiseScale
+from strategies.post_local_sgd import PostLocalSgd
 from strategies.swa import Swa
 from strategies.test_time_augmentation import TestTimeAugmentation
 from strategies.whitening import Whitening
@@ -36,6 +37,7 @@ CATALOGUE: dict[str, type[Strategy]] = {
     "mixup": Mixup,
     "muon": Muon,
     "noise_scale": NoiseScale,
+    "post_local_sgd": PostLocalSgd,
     "swa": Swa,
     "test_time_augmentation": TestTimeAugmentation,
     "whitening": Whitening,

@@ -151,6 +151,12 @@ class Backprop:
             return self.gradient(step) * share
 
     def _apply(self, state: State, clock: Clock) -> None:
+        live: Live = state.live
+        live.worker.apply(live.model, live.optimizer, *self._around(state, clock))
+
+    def _around(self, state: State, clock: Clock) -> tuple[Callable[[], None], Callable[[], None]]:
+        """What happens before the optimizer moves, gradients being there, and after."""
+        live: Live = state.live
         pairs = list(zip(self.updates, state.saved["updates"], strict=True))
 
         def before() -> None:
@@ -163,8 +169,7 @@ class Backprop:
             for update, own in pairs:
                 update.after(own, clock)
 
-        live: Live = state.live
-        live.worker.apply(live.model, live.optimizer, before, after)
+        return before, after
 
     def predict(self, state: State, x: Tensor) -> Tensor:
         from torch.func import functional_call

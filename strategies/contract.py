@@ -180,8 +180,9 @@ Schedule: TypeAlias = "Callable[[Clock], float]"
 class Learner(Protocol):
     """Turns the micro-batches of one optimizer step into new weights: the bottom escape for what no other seam fits.
 
-    A learner may also have `rate`, the schedule that rows show, where no metric "rate" tells it; and `ended(state) -> bool`:
-    the phase ends with the step just taken, on all ranks alike.
+    A learner may also have `rate`, the schedule that rows show, where no metric "rate" tells it; `ended(state) -> bool`: the
+    phase ends with the step just taken, on all ranks alike; and `settle(state)`: before each row, on all ranks: make what the
+    network holds, and what is in `state.saved`, alike on all.
     """
 
     @property

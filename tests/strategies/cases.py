@@ -71,6 +71,7 @@ class Case:
     micro: int = 64  # examples per forward pass where a law does not say otherwise: whole batches
     micro_batches: tuple[tuple[int, int], ...] = ((12, 5), (11, 4))  # law 2: (batch, micro-batch); 12 = 4 + 4 + 4
     shares: tuple[tuple[int, int], ...] = ((12, 2), (11, 2))  # law 3: the same; 11: shares of 5 and 6
+    workers: int = 1  # on which it acts: 1 or 2
     measures: bool = False  # changes what is logged, and not the weights
     repeats: bool = True  # law 8; not where the examples of a batch are normalised together
 
@@ -104,6 +105,12 @@ CASES: dict[str, Case] = {
     "mixup": Case(acts={"alpha": 0.4}, neutral={"alpha": 0.0}),
     "muon": Case(acts={"rate": 0.5}, neutral={"smallest": 1000}),
     "noise_scale": Case(acts={}, neutral={}, micro=6, measures=True),
+    "post_local_sgd": Case(
+        acts={"start": 0.25, "period": 4},
+        neutral={"period": 1},
+        workers=2,
+        shares=(),  # workers that step alone are not one worker
+    ),
     "swa": Case(acts={"start": 0.5}, neutral={"start": 1.0}),
     "test_time_augmentation": Case(
         acts={"shift": 1}, neutral={"mirror": False}, base=as_it_is, inputs=IMAGES, measures=True
