@@ -81,4 +81,5 @@ class Trial(Model):
     def normalises_batches(self) -> bool:
         """Batch norm makes the result depend on the local batch; the user's own network is taken to have it."""
         model = self.workload.model
-        return model.name in ("resnet", "vgg", "import") or bool(getattr(model.options, "batch_norm", False))
+        always = ("resnet", "vgg", "airbench", "import")
+        return model.name in always or bool(getattr(model.options, "batch_norm", False))

@@ -57,11 +57,18 @@ class Vgg(Model):
     width: Positive = Field(default=64, description="channels of the first stage")
 
 
+class Airbench(Model):
+    widths: Annotated[list[Positive], Field(min_length=1, max_length=8)] = Field(
+        default=[64, 256, 256], description="channels of each block of two convolutions"
+    )
+
+
 class Network(Choice):
     mlp: Mlp | None = None
     small_cnn: SmallCnn | None = None
     resnet: Resnet | None = None
     vgg: Vgg | None = None
+    airbench: Airbench | None = None
     import_: ImportPath | None = Field(
         default=None, alias="import", description="package.module:function; needs --allow-code"
     )
@@ -69,9 +76,12 @@ class Network(Choice):
 
 class Augment(Model):
     crop: Annotated[int, Field(ge=0, le=64), WHOLE] = Field(
-        default=0, description="pixels of zero padding around a random crop"
+        default=0, description="pixels of padding around a random crop"
     )
-    flip: bool = Field(default=False, description="mirror left-right at random")
+    pad: Literal["zero", "reflect"] = Field(default="zero", description="what the padding holds")
+    flip: bool | Literal["alternating"] = Field(
+        default=False, description="mirror left-right at random; alternating: at random once, then every other epoch"
+    )
 
 
 class Target(OneOf):

@@ -24,7 +24,7 @@ class Dataset:
     def __init__(
         self, arrays: Arrays, augment: workload_schema.Augment, seed: int, device: torch.device, dtype: torch.dtype
     ):
-        """Raises DataError where flat data are to be cropped or flipped."""
+        """Raises DataError where flat data are to be cropped or flipped, or images are smaller than their reflected rim."""
         self.augment, self.seed, self.device, self.dtype = augment, seed, device, dtype
         self.classes = arrays.classes
         self.inputs: tuple[int, ...] = arrays.train_x.shape[1:]  # (c, h, w) or (d,)
@@ -33,6 +33,8 @@ class Dataset:
         self.train_y, self.test_y = (self._place(y) for y in (arrays.train_y, arrays.test_y))
         if (augment.crop or augment.flip) and len(self.inputs) != 3:
             raise DataError(f"augment: crop and flip need images, this data set has inputs of shape {self.inputs}")
+        if augment.pad == "reflect" and augment.crop and min(self.inputs[1:]) <= augment.crop:
+            raise DataError(f"augment: pad: reflect: crop {augment.crop} needs larger images than {self.inputs[1:]}")
         self._set_scale(arrays)
 
     def train(self, start: int, stop: int) -> Batch:
@@ -41,10 +43,17 @@ class Dataset:
         chosen = self._send(order.indices(self.seed, start, stop, self.examples))
         x = self.train_x.index_select(0, chosen)
         if self.augment.crop:
-            x = _crop(x, self.augment.crop, uniform(self.seed, "crop", position, 2))
+            padded = _padded(x, self.augment.crop, self.augment.pad == "reflect")
+            x = _crop(padded, self.augment.crop, uniform(self.seed, "crop", position, 2))
         if self.augment.flip:
-            x = _flip(x, uniform(self.seed, "flip", position)[:, 0] < 0.5)
+            x = _flip(x, self._mirrored(position, chosen))
         return Batch(self._normalise(x), self.train_y.index_select(0, chosen), position)
+
+    def _mirrored(self, position: Tensor, chosen: Tensor) -> Tensor:
+        """(n,) which examples are mirrored: each time anew, or once for each example and the other way in odd epochs."""
+        if self.augment.flip == "alternating":
+            return (uniform(self.seed, "flip", chosen)[:, 0] < 0.5) ^ (position // self.examples % 2 == 1)
+        return uniform(self.seed, "flip", position)[:, 0] < 0.5
 
     def first(self, n: int) -> Batch:
         """The first n training examples, or all if there are fewer, in the order of the data set and not augmented."""
@@ -86,18 +95,27 @@ class Dataset:
         return out.permute(0, 3, 1, 2) if out.ndim == 4 else out
 
 
-def _crop(x: Tensor, pad: int, where: Tensor) -> Tensor:
-    """Windows of `x` (n, h, w, c) after zero padding by `pad` pixels; `where` (n, 2) in [0, 1): how far down and right.
+def _padded(x: Tensor, pad: int, reflect: bool) -> Tensor:
+    """`x` (n, h, w, c) with a rim of `pad` pixels that holds zeros, or what lies inside, reflected at the outermost pixel."""
+    out = F.pad(x, (0, 0, pad, pad, pad, pad))
+    if reflect:
+        for side in (out.transpose(1, 2), out):  # columns first, so that the rows' reflection fills the corners
+            side[:, :pad] = side[:, pad + 1 : 2 * pad + 1].flip(1)
+            side[:, -pad:] = side[:, -2 * pad - 1 : -pad - 1].flip(1)
+    return out
+
+
+def _crop(padded: Tensor, pad: int, where: Tensor) -> Tensor:
+    """Windows that are smaller than `padded` by `pad` pixels on each side; `where` (n, 2) in [0, 1): how far down and right.
 
     Each row of a window is one contiguous run of the padded images, so the whole crop is one gather of n * h runs.
     """
-    n, h, w, c = x.shape
-    tall, wide = h + 2 * pad, w + 2 * pad
-    padded = F.pad(x, (0, 0, pad, pad, pad, pad))
+    n, tall, wide, c = padded.shape
+    h, w = tall - 2 * pad, wide - 2 * pad
     runs = padded.as_strided((n * tall * wide - w + 1, w * c), (c, 1))  # the run of w pixels that starts at each pixel
     offset = (where * (2 * pad + 1)).long()
-    corner = (torch.arange(n, device=x.device) * tall + offset[:, 0]) * wide + offset[:, 1]
-    rows = corner[:, None] + torch.arange(h, device=x.device) * wide
+    corner = (torch.arange(n, device=padded.device) * tall + offset[:, 0]) * wide + offset[:, 1]
+    rows = corner[:, None] + torch.arange(h, device=padded.device) * wide
     return runs.index_select(0, rows.view(-1)).view(n, h, w, c)
 
 

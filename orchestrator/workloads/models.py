@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -75,6 +75,47 @@ def resnet(inputs: tuple[int, ...], classes: int, depth: int, width: int | None 
     return Net(stages, _average(), _head(channels, classes))
 
 
+def airbench(inputs: tuple[int, ...], classes: int, widths: Sequence[int]) -> Net:
+    """A 2x2 convolution of two filters for each value of its patch, then blocks that each halve the side; a small head.
+
+    Jordan 2024, arXiv 2404.00498. Batch norms have biases and no learnt scale, and the head's logits are divided by 9.
+    Weights start as torch's layers do: what else the paper does to them, the strategies `whitening` and `dirac` do.
+    """
+    channels, side = _image_channels("airbench", inputs), min(inputs[1:]) - 1
+    if side >> len(widths) < 1:
+        raise PlanError(
+            f"model airbench halves the side {len(widths)} times, so it needs images of {1 + 2 ** len(widths)} pixels "
+            f"a side or more, the data have shape {inputs}: take fewer widths"
+        )
+    stages = [nn.Sequential(nn.Conv2d(channels, 8 * channels, 2), nn.GELU())]
+    for before, width in pairwise((8 * channels, *widths)):
+        first = (_plain_conv(before, width), nn.MaxPool2d(2), _shift_norm(width), nn.GELU())
+        stages.append(nn.Sequential(*first, _plain_conv(width, width), _shift_norm(width), nn.GELU()))
+    pool = nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    return Net(stages, pool, nn.Sequential(nn.Linear(widths[-1], classes, bias=False), Scale(1 / 9)))
+
+
+def _plain_conv(channels: int, out: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, out, 3, padding=1, bias=False)
+
+
+def _shift_norm(features: int) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(features, eps=1e-12, momentum=0.4)
+    norm.weight.requires_grad_(False)
+    return norm
+
+
+class Scale(nn.Module):
+    """Times a constant."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
 class Residual(nn.Module):
     """relu(shortcut(x) + branch(x)) with two 3x3 convolutions in the branch."""
 
@@ -126,7 +167,7 @@ def imported(inputs: tuple[int, ...], classes: int, path: str) -> Net:
 
 
 BUILDERS: dict[str, Callable[..., Net]] = {
-    "mlp": mlp, "small_cnn": small_cnn, "resnet": resnet, "vgg": vgg, "import": imported,
+    "mlp": mlp, "small_cnn": small_cnn, "resnet": resnet, "vgg": vgg, "airbench": airbench, "import": imported,
 }  # fmt: skip
 
 
