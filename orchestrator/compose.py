@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from cluster.engines import OFFERS
-from orchestrator.recipe import schema, workload_schema
+from orchestrator.recipe import scaling, schema, workload_schema
 from orchestrator.trial import Trial
 from orchestrator.workloads import build_network
 from orchestrator.workloads.noisy_quadratic import NoisyQuadratic, network
@@ -78,7 +78,7 @@ def _check_importable(path: str) -> None:
 
 def _backprop(base: schema.Base) -> Learner:
     factories = {"sgd": optimizers.Sgd, "adamw": optimizers.AdamW}
-    optimizer = factories[base.optimizer.name](**base.optimizer.options.model_dump())
+    optimizer = factories[base.optimizer.name](**scaling.optimizer_options(base))
     return Backprop(optimizer=optimizer, rate=_rate(base))
 
 
@@ -90,8 +90,7 @@ def _quadratic(base: schema.Base, data: workload_schema.QuadraticData) -> Learne
 
 def _rate(base: schema.Base) -> rate.Rate:
     spec = base.rate
-    peak = rate.scaled(spec.peak, base.batch, spec.per, spec.scale)
-    return rate.Rate(peak, spec.warmup, spec.start, DECAYS[spec.decay.name](spec.decay.options))
+    return rate.Rate(scaling.peak(base), spec.warmup, spec.start, DECAYS[spec.decay.name](spec.decay.options))
 
 
 DECAYS: dict[str, Any] = {

@@ -61,14 +61,39 @@ class Rate:
         return self.peak * self.decay((clock.done - first) / (1 - first) if first < 1 else 1.0)
 
 
-RULES = {"none": 0.0, "linear": 1.0, "sqrt": 0.5}
+POWERS = {"none": 0.0, "linear": 1.0, "sqrt": 0.5, "adam_sde": 0.5}
+RULES = (*POWERS, "noise_scale")
+ROUNDING = 1e-9  # of a beta
 
 
-def scaled(peak: float, batch: int, per: int, rule: str) -> float:
-    """The peak rate at a global batch of `batch`, stated at `per`: times (batch / per) to the rule's power.
+def scaled(peak: float, batch: int, per: int, rule: str, noise_scale: float | None = None) -> float:
+    """The peak rate at a global batch of `batch`, stated at `per`: times (batch / per) to the rule's power, or for the rule
+    noise_scale as eta / (1 + noise_scale / batch), with the gradient noise scale in examples.
 
-    linear: Goyal et al. 2017, arXiv 1706.02677; sqrt: Hoffer et al. 2017, arXiv 1705.08741.
+    linear: Goyal et al. 2017, arXiv 1706.02677; sqrt: Hoffer et al. 2017, arXiv 1705.08741; adam_sde: see `adam_sde`;
+    noise_scale: McCandlish et al. 2018, arXiv 1812.06162. Raises PlanError for another rule, or a noise scale out of place.
     """
     if rule not in RULES:
         raise PlanError(f"unknown scaling rule {rule!r}, expected one of {', '.join(RULES)}")
-    return peak * (batch / per) ** RULES[rule]
+    if (rule == "noise_scale") != (noise_scale is not None):
+        raise PlanError("scale: noise_scale and the option noise_scale, in examples, go together: give both or neither")
+    if noise_scale is not None:
+        return peak * (1 + noise_scale / per) / (1 + noise_scale / batch)
+    return peak * (batch / per) ** POWERS[rule]
+
+
+def adam_sde(beta1: float, beta2: float, eps: float, batch: int, per: int) -> tuple[float, float, float]:
+    """Adam's (beta1, beta2, eps) at `batch`, stated at `per`, beside a rate scaled by the square root of k = batch / per.
+
+    1 - beta grows k times and eps shrinks by sqrt(k), so that the limiting stochastic differential equation stays (Malladi
+    et al. 2022, arXiv 2205.10287). Raises PlanError where no beta is left.
+    """
+    k = batch / per
+    scaled = {"beta1": beta1 - (k - 1) * (1 - beta1), "beta2": beta2 - (k - 1) * (1 - beta2)}
+    for name, old in (("beta1", beta1), ("beta2", beta2)):
+        if scaled[name] < ROUNDING and k > 1:
+            raise PlanError(
+                f"adam_sde makes of {name} {old:g} at batch {per} {scaled[name]:.3g} at batch {batch}, expected > 0: "
+                f"stay below batch {per / (1 - old):g}, or take a larger {name}"
+            )
+    return scaled["beta1"], scaled["beta2"], eps / k**0.5

@@ -15,6 +15,7 @@ from orchestrator.recipe.fields import at, model_in
 from orchestrator.recipe.messages import Finding, findings
 from orchestrator.recipe.problems import Path
 from orchestrator.recipe.resolve import Point
+from orchestrator.recipe.scaling import optimizer_options, peak
 from orchestrator.recipe.schema import Base
 from orchestrator.recipe.study_schema import Recipe
 from strategies import CATALOGUE
@@ -104,6 +105,10 @@ def _base(base: Base) -> Iterator[tuple[list[str], str]]:
     if base.epochs is not None and base.rate.warmup >= base.epochs:
         message = f"warm-up of {base.rate.warmup:g} epochs, expected less than the run's {base.epochs:g}"
         yield ["rate.warmup", "epochs"], message
+    try:
+        peak(base), optimizer_options(base)
+    except PlanError as error:
+        yield ["rate.scale", "rate.noise_scale"], str(error)
 
 
 def _origin(recipe: Recipe, point: Point, *paths: Path) -> Path:

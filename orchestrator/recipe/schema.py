@@ -50,7 +50,14 @@ class Decay(Choice):
 class Rate(Model):
     peak: Annotated[float, Field(gt=0)] = Field(default=0.1, description="learning rate at batch size `per`")
     per: Positive = Field(default=256, description="batch size at which `peak` holds as it is")
-    scale: Literal["none", "linear", "sqrt"] = Field(default="none", description="how the peak grows with batch / per")
+    scale: Literal["none", "linear", "sqrt", "adam_sde", "noise_scale"] = Field(
+        default="none",
+        description="how the peak grows with k = batch / per: k, sqrt(k), sqrt(k) with adamw's betas and eps scaled too, "
+        "or as 1 / (1 + noise_scale / batch)",
+    )
+    noise_scale: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="gradient noise scale in examples, which `scale: noise_scale` needs"
+    )
     warmup: Annotated[float, Field(ge=0)] = Field(default=0.0, description="epochs of linear warm-up, per iteration")
     start: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="first rate of the warm-up, as a share of the peak"

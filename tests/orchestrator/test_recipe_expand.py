@@ -12,12 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.compose import compose
-from orchestrator.recipe import Recipe, dump, expand, load, resolved
+from orchestrator.recipe import Recipe, RecipeError, dump, expand, load, resolved
 from orchestrator.recipe.load import loads
 from orchestrator.recipe.resolve import merge
 from orchestrator.recipe.workload_schema import Data
 from orchestrator.trial import Trial
+from strategies.backprop import Backprop
 from strategies.contract import PlanError
+from strategies.optimizers import AdamW
+from strategies.rate import Rate
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 TEXT = """\
@@ -208,6 +211,37 @@ def test_how_a_batch_is_shared_out_is_part_of_a_name_only_where_it_matters() -> 
     plain, other = slice(0, 8), slice(8, 16)
     one, two = ids(adascale, "cluster.workers=1"), ids(adascale, "cluster.workers=2")
     assert one[plain] == two[plain] and not set(one[other]) & set(two[other])
+
+
+def test_adam_sde_scales_the_whole_optimizer() -> None:
+    adam = ("base.optimizer=adamw", "arms.other.base={}", "base.rate={peak: 0.1, per: 32, scale: adam_sde}")
+    large = compose(trials(*adam, "grid={base.batch: [32, 128]}")[2], examples=1000).phases[0].learner
+    assert isinstance(large, Backprop) and isinstance(large.optimizer, AdamW) and isinstance(large.rate, Rate)
+    told = (large.rate.peak, large.optimizer.beta1, large.optimizer.beta2, large.optimizer.eps)
+    assert told == pytest.approx((0.2, 0.6, 0.996, 0.5e-8), rel=1e-12)
+
+
+def test_the_noise_scale_sets_the_rate() -> None:
+    settings = ("base.rate={peak: 0.1, per: 32, scale: noise_scale, noise_scale: 96}", "grid={base.batch: [32, 96]}")
+    rates = [compose(trials(*settings)[i], examples=1000).phases[0].learner.rate.peak for i in (0, 2)]  # type: ignore[attr-defined]
+    assert rates == pytest.approx([0.1, 0.2], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["base.rate.scale=adam_sde"], r"base\.rate\.scale: adam_sde scales adamw, but the optimizer is sgd"),
+        (["base.rate.scale=noise_scale"], r"base\.rate\.scale: .*give both or neither"),
+        (["base.rate.noise_scale=100"], r"base\.rate\.noise_scale: .*give both or neither"),
+        (
+            ["base.optimizer=adamw", "arms.other.base={}", "base.rate={scale: adam_sde, per: 2}"],
+            r"beta1 0\.9 at batch 2 -0\.6 at batch 32, expected > 0: stay below batch 20",
+        ),
+    ],
+)
+def test_scaling_rules_that_cannot_be(settings: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        recipe(*settings)
 
 
 def test_a_scaling_rule_beside_a_method_that_scales_is_refused() -> None:
