@@ -7,16 +7,16 @@ joining the process group and the first task are queued at once, and `poll` meet
 from __future__ import annotations
 
 import contextlib
-import secrets
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
-from cluster import couriers, session
+from cluster import couriers, session, stacks
 from cluster.actor import Rank, Seat
 from cluster.couriers import Couriers
+from cluster.mirror import make_sign, remove_sign
 from cluster.placement import Placement
 from cluster.session import capacity, connect, gpus_each, ray
 from cluster.tasks import Done, Failed, Lost, Outcome, Task, failure, root_cause
@@ -65,19 +65,10 @@ class RayGang:
         self.placement = Placement(name, size, threads, gpus, placement)
         self.ranks = [self._rank(rank, threads, gpus) for rank in range(size)]
         self.pulse = Pulse(self.ranks, timeout)
-        self.sign = self._make_sign(folder)
+        self.sign = make_sign(folder)
         address = self.ranks[0].bind.remote(timeout)
         joins = [actor.join.remote(address, timeout, self.sign) for actor in self.ranks]
         self.waiting |= {call: rank for rank, call in enumerate(joins)}
-
-    def _make_sign(self, folder: Path | None) -> Path | None:
-        """A file that only those can see who see the driver's files."""
-        if folder is None:
-            return None
-        folder.mkdir(parents=True, exist_ok=True)
-        sign = folder / f".driver-{secrets.token_hex(8)}"
-        sign.touch()
-        return sign
 
     def _rank(self, rank: int, threads: int, gpus: int) -> Any:
         group = self.placement.group
@@ -151,26 +142,33 @@ class RayGang:
     def _seated(self) -> None:
         self.startup_seconds = time.monotonic() - self.began
         self.couriers = Couriers(self.name, list(self.seats.values()))
-        self._remove_sign()
+        remove_sign(self.sign)
         if self.task:
             self._begin(self.task, self.couriers)
-
-    def _remove_sign(self) -> None:
-        if self.sign:
-            self.sign.unlink(missing_ok=True)
 
     def _verdict(self) -> Outcome | None:
         if self.lost:
             return self.lost
         failures = [report for report in self.reports.values() if isinstance(report, Failed)]
         if failures and (not self.waiting or time.monotonic() - (self.failed_at or 0) > GRACE):
-            return root_cause(failures)
+            return self._failure(root_cause(failures))
         if len(self.reports) == self.size and not failures:
             return self.reports[0]
         if self.startup_seconds is None:
             late = self.placement.seconds() > max(START_LIMIT, self.timeout)
             return Lost(0, f"{self.name} has not started: its workers hang") if late else None
-        return self.pulse.silent()
+        silent = self.pulse.silent()
+        if silent:
+            stacks.ask(self.processes)
+        return silent
+
+    def _failure(self, cause: Failed) -> Outcome:
+        """Before there is a process group, nothing of the task has run: a port taken, a network away, are the cluster's."""
+        if self.startup_seconds is None:
+            return Lost(cause.rank, f"no process group: {cause.kind}: {cause.message} ({cause.where})")
+        if cause.lost_peer and self.waiting:  # a rank that is still at it let a collective time out
+            stacks.ask(self.processes)
+        return cause
 
     def _settle(self, outcome: Outcome) -> Outcome:
         """After a task: fetch its files, make ready for the next one, or never take one again."""
@@ -188,7 +186,7 @@ class RayGang:
 
     def close(self) -> None:
         self.broken = True
-        self._remove_sign()
+        remove_sign(self.sign)
         if self.couriers and self.ranks:
             if self.busy:
                 self.couriers.finish(STOP_LIMIT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,11 @@ GROWING = (".jsonl", ".log")  # files that are appended to
 TAIL = 200  # bytes of a growing file that tell whether it is still the same one
 PREFIX = "bigbatch-mirror-"
 moved: Path | None = None  # where this process finds the driver's files; None: where they are
+
+
+def mirrored() -> bool:
+    """Whether this process works on copies."""
+    return moved is not None
 
 
 def local(path: Path) -> Path:
@@ -180,6 +186,21 @@ def take_in(changes: Iterable[Change], writes: Sequence[Path]) -> None:
             part.rename(final)
         except OSError:  # made by another gang meanwhile
             shutil.rmtree(part)
+
+
+def make_sign(folder: Path | None) -> Path | None:
+    """A new file in `folder` that only those can see who see the driver's files."""
+    if folder is None:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    sign = folder / f".driver-{secrets.token_hex(8)}"
+    sign.touch()
+    return sign
+
+
+def remove_sign(sign: Path | None) -> None:
+    if sign:
+        sign.unlink(missing_ok=True)
 
 
 def topmost_missing(folder: Path) -> Path | None:

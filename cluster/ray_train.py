@@ -13,11 +13,13 @@ import os
 import shutil
 import tempfile
 import threading
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from cluster.actor import Rank
+from cluster.mirror import make_sign, remove_sign
 from cluster.session import gpus_each, ray
-from cluster.tasks import ClusterError, Done, Failed, Lost, Outcome, Task, root_cause
+from cluster.tasks import ClusterError, Done, Failed, Lost, Outcome, Task, attempt, root_cause
 
 GRACE = 1.0  # seconds for other ranks to report after one has failed
 STOP_LIMIT = 10.0  # seconds for workers to end
@@ -74,9 +76,10 @@ def work(config: dict[str, Any]) -> None:
     rank = Rank(context.get_world_rank(), context.get_world_size(), 0)
     rank.device = ray.train.torch.get_device()
     mailbox.seat.remote(rank.rank, ray.get_runtime_context().current_actor)
-    number = 0
+    number, sign = 0, config["sign"]
+    shared = sign is None or sign.exists()
     while (task := ray.get(mailbox.take.remote(number))) is not None:
-        report = rank.run(task)
+        report = rank.run(task) if shared else attempt(rank.rank, lambda: refuse(sign.parent))
         ray.get(mailbox.report.remote(rank.rank, report))
         if isinstance(report, Failed):
             raise RuntimeError(f"{report.kind}: {report.message}")  # Ray Train then ends the other workers
@@ -84,16 +87,31 @@ def work(config: dict[str, Any]) -> None:
         number += 1
 
 
+def refuse(folder: Path) -> None:
+    raise ClusterError(f"launcher ray_train needs a file system that all nodes share: {folder} is not the driver's here; "
+                       "use launcher: gang")  # fmt: skip
+
+
 class TrainGang:
     """The workers of one `TorchTrainer`. See `cluster.tasks.Gang` and, for the arguments, `cluster.gang.RayGang`."""
 
-    def __init__(self, size: int, threads: int = 1, gpus: int | None = None, timeout: float = 300, name: str = "gang"):
+    def __init__(
+        self,
+        size: int,
+        threads: int = 1,
+        gpus: int | None = None,
+        timeout: float = 300,
+        name: str = "gang",
+        placement: Literal["pack", "spread"] = "pack",
+        folder: Path | None = None,
+    ):
         os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths stay what they are
         try:
             importlib.import_module("ray.train")
         except ImportError:
             raise ClusterError('launcher ray_train needs Ray Train: pip install "ray[train]"') from None
-        self.size, self.name = size, name
+        self.size, self.name, self.strategy = size, name, placement.upper()
+        self.sign = make_sign(folder)
         self.folder = tempfile.mkdtemp(prefix="bigbatch-train-")  # Ray Train wants one; nothing of ours is kept there
         self.mailbox = remote(num_cpus=0)(Mailbox).remote(size)
         self.pending: Any = None
@@ -109,9 +127,14 @@ class TrainGang:
         each = {"CPU": threads, "GPU": gpus} if gpus else {"CPU": threads}
         return TorchTrainer(
             work,
-            train_loop_config={"mailbox": self.mailbox},
+            train_loop_config={"mailbox": self.mailbox, "sign": self.sign},
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo", timeout_s=math.ceil(timeout)),
-            scaling_config=ScalingConfig(num_workers=self.size, use_gpu=bool(gpus), resources_per_worker=each),
+            scaling_config=ScalingConfig(
+                num_workers=self.size,
+                use_gpu=bool(gpus),
+                resources_per_worker=each,
+                placement_strategy=self.strategy,
+            ),
             run_config=RunConfig(name=self.name, storage_path=self.folder),
         )
 
@@ -153,3 +176,4 @@ class TrainGang:
         self.fit.join(STOP_LIMIT)
         ray.kill(self.mailbox)
         shutil.rmtree(self.folder, ignore_errors=True)
+        remove_sign(self.sign)

@@ -24,6 +24,7 @@ from orchestrator.launch import Launcher
 from orchestrator.plan import check_plans
 from orchestrator.progress import Progress
 from orchestrator.run_trial import Assignment, failure, run_trial
+from orchestrator.shipment import shipment
 from orchestrator.signals import TERMINATED, Signals, Stopped
 from orchestrator.study import Study
 from orchestrator.trial import Trial
@@ -83,7 +84,7 @@ class Driver:
         self.busy: dict[str, tuple[Gang, Run]] = {}
         self.idle: list[Gang] = []
         self.policy = FailurePolicy(study.recipe.cluster.max_failures)
-        self.launcher = Launcher(study.recipe.cluster)
+        self.launcher = Launcher(study.recipe.cluster, study.runs.resolve())
         self.counts = self._count()
         self.started = time.time()
         self.state = "running"
@@ -156,10 +157,12 @@ class Driver:
         self.store.journal("trial_started", trial=run.trial.id, attempt=run.attempts, gang=gang.name)
 
     def _task(self, trial: Trial) -> Task:
-        assignment = Assignment(trial, self.store.trial(trial.id).resolve(), self.study.phases.resolve())
+        directory, phases = self.store.trial(trial.id).resolve(), self.study.phases.resolve()
+        files = shipment(trial, directory, phases)
+        assignment = Assignment(trial, directory, phases, data=files.constant[0] if files.constant else None)
         engine, cluster = trial.engine, trial.cluster
         return Task(
-            run_trial, assignment, engine.name, engine.options.model_dump(), trial.precision, cluster.threads
+            run_trial, assignment, engine.name, engine.options.model_dump(), trial.precision, cluster.threads, files
         )  # fmt: skip
 
     def _poll(self) -> None:

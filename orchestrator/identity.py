@@ -8,7 +8,10 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from strategies.contract import Plan
 
 
 def canonical(value: Any) -> Any:
@@ -40,6 +43,11 @@ def canonical(value: Any) -> Any:
 
 def _name(thing: Any) -> str:
     return f"{thing.__module__}.{thing.__qualname__}"
+
+
+def phase_key(plan: Plan, index: int, context: dict[str, Any]) -> str:
+    """The name of phase `index`: a hash of the plan up to and with it, and of what else determines its result."""
+    return digest({"phases": canonical(plan.phases[: index + 1]), "context": context})
 
 
 def digest(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from cluster import torchrun
 from cluster.local import LocalGang
@@ -11,10 +12,10 @@ from orchestrator.recipe.schema import Cluster
 
 
 class Launcher:
-    """Opens, replaces and closes the gangs that a recipe's `cluster` asks for."""
+    """Opens, replaces and closes the gangs that a recipe's `cluster` asks for. `folder`: where trials write."""
 
-    def __init__(self, cluster: Cluster):
-        self.cluster = cluster
+    def __init__(self, cluster: Cluster, folder: Path):
+        self.cluster, self.folder = cluster, folder
         self.kind: str = cluster.launcher
         if self.kind == "auto":
             one = cluster.workers == 1 and cluster.gangs in (1, "auto")
@@ -40,13 +41,9 @@ class Launcher:
             return LocalGang()
         if self.kind == "torchrun":
             return torchrun.TorchrunGang(workers, timeout)
-        if self.kind == "ray_train":
-            from cluster.ray_train import TrainGang
-
-            return TrainGang(workers, threads, timeout=timeout, name=f"gang{number}")
-        from cluster.gang import RayGang
-
-        return RayGang(workers, threads, timeout=timeout, name=f"gang{number}")
+        kind = train_gang() if self.kind == "ray_train" else ray_gang()
+        place = {"placement": self.cluster.placement, "folder": self.folder}
+        return kind(workers, threads, timeout=timeout, name=f"gang{number}", **place)
 
     def replace(self, gang: Gang) -> Gang | None:
         """A new gang for one that can no longer be used; None where lost workers cannot be started anew from here."""
@@ -60,3 +57,15 @@ class Launcher:
         for gang in gangs:
             gang.close()
         self.disconnect()
+
+
+def ray_gang() -> Callable[..., Gang]:
+    from cluster.gang import RayGang
+
+    return RayGang
+
+
+def train_gang() -> Callable[..., Gang]:
+    from cluster.ray_train import TrainGang
+
+    return TrainGang

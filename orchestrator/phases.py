@@ -15,8 +15,9 @@ from safetensors.torch import load, save
 
 from orchestrator import checkpoint
 from orchestrator.files import read_json, sync_directory, write_atomic, write_json
-from orchestrator.identity import canonical, digest
-from strategies.contract import Plan
+from orchestrator.identity import phase_key as key
+
+__all__ = ["PhaseStore", "Record", "key"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,6 @@ class Record:
     rows: list[dict[str, Any]]  # the phase's part of metrics.jsonl
     progress: dict[str, Any]  # the trainer's progress at the end of the phase
     state: Any = None  # of the learner, decoded, where the phase hands it on
-
-
-def key(plan: Plan, index: int, context: dict[str, Any]) -> str:
-    """The name of phase `index`: a hash of the plan up to and with it, and of what else determines its result."""
-    return digest({"phases": canonical(plan.phases[: index + 1]), "context": context})
 
 
 @dataclass(frozen=True, slots=True)

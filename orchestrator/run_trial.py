@@ -7,10 +7,11 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.mirror import local, moved
 from orchestrator.compose import compose
 from orchestrator.files import read_lines
 from orchestrator.results import outcome
@@ -25,12 +26,19 @@ class Assignment:
     trial: Trial
     directory: Path  # of the trial
     phases: Path  # where finished phases are kept
+    data: Path | None = None  # the driver's parsed data set
+
+    def here(self) -> Assignment:
+        """The same with paths as this process finds them; the data set is left out where the node looks for its own."""
+        data = local(self.data) if mirrored() and self.data else None
+        return replace(self, directory=local(self.directory), phases=local(self.phases), data=data)
 
 
 def run_trial(worker: Worker, assignment: Assignment) -> dict[str, Any]:
     """Trains the trial and returns its result (see docs/architecture.md, result.json)."""
-    with rank_log(assignment.directory / "logs" / f"rank_{worker.rank}.log"):
-        return _run(worker, assignment)
+    here = assignment.here()
+    with rank_log(here.directory / "logs" / f"rank_{worker.rank}.log"):
+        return _run(worker, here)
 
 
 def _run(worker: Worker, assignment: Assignment) -> dict[str, Any]:
@@ -94,7 +102,7 @@ def _job(worker: Worker, assignment: Assignment) -> Any:
 
     trial = assignment.trial
     dtype = torch.float64 if trial.precision == "fp64" else torch.float32
-    dataset = open_dataset(trial.workload, trial.seed, worker.device, dtype)
+    dataset = open_dataset(trial.workload, trial.seed, worker.device, dtype, assignment.data)
     limit, interval = trial.base.micro_batch, trial.checkpoint.seconds
     return Job(
         plan=compose(trial, dataset.examples),

@@ -122,6 +122,9 @@ class Cluster(Model):
     workers: Positive = 1
     threads: Positive = Field(default=1, description="CPU threads per worker")
     launcher: Literal["auto", "solo", "gang", "ray_train", "torchrun"] = "auto"
+    placement: Literal["pack", "spread"] = Field(
+        default="pack", description="workers of a trial on as few nodes as possible, or on as many"
+    )
     gangs: Positive | Literal["auto"] = Field(default="auto", description="trials that run side by side")
     max_failures: Count = Field(default=2, description="times that a lost worker may be replaced, per trial")
     timeout: Annotated[float, Field(gt=0)] = Field(default=300, description="seconds without a sign of life")

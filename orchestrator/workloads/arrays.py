@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from orchestrator.recipe import workload_schema
 from orchestrator.workloads import cache, cifar10, digits, image_folder, mnist, npz
-from orchestrator.workloads.files import DataError, Parsed, told
+from orchestrator.workloads.files import DataError, Parsed, home, told
 
 PARSING = 1  # raised when parsing changes what the arrays hold, so that an old cache is not taken for the new
 NAMES = ("train_x", "train_y", "test_x", "test_y")
@@ -35,13 +35,22 @@ class Arrays:
 
 
 @told()
-def load(data: workload_schema.Data) -> Arrays:
+def load(data: workload_schema.Data, parsed: Path | None = None) -> Arrays:
     """The data set that a recipe names. Raises DataError if it is missing, truncated or corrupt.
+
+    `parsed`: the folder of the parsed data set, where that came from another node and its source is not here.
 
     Parsed once per node into $BIGBATCH_HOME (or ~/.cache/bigbatch); all processes map the same files, copy-on-write.
     """
+    if parsed:
+        return _open(parsed)
     paths, parse = _source(data)
     return _open(cache.folder(_fingerprint(data, paths), lambda fresh: _write(fresh, parse(paths), paths)))
+
+
+def parsed_folder(fingerprint: str) -> Path:
+    """Where `load` keeps what it has parsed."""
+    return home() / fingerprint
 
 
 @told()
