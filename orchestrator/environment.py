@@ -10,7 +10,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -32,7 +32,7 @@ def describe() -> dict[str, Any]:
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "os": platform.platform(),
         "host": socket.gethostname(),
-        "cpu": _cpu(),
+        "cpu": cpu_model(),
         "cores": {"physical": psutil.cpu_count(logical=False), "logical": psutil.cpu_count(), "usable": usable_cores()},
         "memory_bytes": psutil.virtual_memory().total,
         "gpus": gpus(),
@@ -64,7 +64,7 @@ def _cpuinfo(field: str) -> str:
     return found[1] if found else ""
 
 
-def _cpu() -> str:
+def cpu_model() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
@@ -137,12 +137,3 @@ def _redact_argument(argument: str) -> str:
     parts = argument.split("=")
     secret = next((i for i, name in enumerate(parts[:-1], 1) if is_secret(name)), None)
     return redact(argument) if secret is None else "=".join([*parts[:secret], HIDDEN])
-
-
-def resolve_precision(
-    asked: Literal["auto", "fp32", "bf16", "fp64"], convolutional: bool
-) -> Literal["fp32", "bf16", "fp64"]:
-    """`auto` is bf16 where the hardware gains by it: on GPUs, and for convolutions on CPUs with AMX; else fp32."""
-    if asked != "auto":
-        return asked
-    return "bf16" if has_gpu() or (convolutional and "amx_bf16" in _cpuinfo("flags").split()) else "fp32"

@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster.mirror import local, moved
+from cluster.mirror import local, mirrored
+from orchestrator.allocator import keep_freed_memory
+from cluster import stacks
 from orchestrator.compose import compose
 from orchestrator.files import read_lines
-from orchestrator.results import outcome
+from orchestrator.results import Deadline, outcome
 from orchestrator.trial import Trial
 from strategies.contract import Worker
 
@@ -27,6 +29,7 @@ class Assignment:
     directory: Path  # of the trial
     phases: Path  # where finished phases are kept
     data: Path | None = None  # the driver's parsed data set
+    deadlines: tuple[Deadline, ...] = ()  # of the search that the trial belongs to
 
     def here(self) -> Assignment:
         """The same with paths as this process finds them; the data set is left out where the node looks for its own."""
@@ -46,6 +49,8 @@ def _run(worker: Worker, assignment: Assignment) -> dict[str, Any]:
 
     start, began = time.time(), time.perf_counter()
     trial = assignment.trial
+    if trial.speed.keep_memory:
+        keep_freed_memory()
     job = _job(worker, assignment)
     data_seconds = time.perf_counter() - began
     trainer = Trainer(job, worker)
@@ -64,6 +69,7 @@ def _run(worker: Worker, assignment: Assignment) -> dict[str, Any]:
         "seconds": seconds,
         "examples_per_second": progress.examples / progress.train_seconds if timed else None,
         "micro_batch": progress.micro_batch,
+        "patch_convolutions": progress.patch_convolutions,
         "parameters": progress.parameters,
         "reused": not timed,
         "workers": worker.size,
@@ -85,7 +91,13 @@ def _seconds(progress: Any, data: float, wall: float) -> dict[str, float | None]
 
 
 def _names(trial: Trial) -> dict[str, Any]:
-    return {"trial": trial.id, "arm": trial.arm, "batch": trial.base.batch, "seed": trial.seed, "point": trial.point}
+    names = {"trial": trial.id, "arm": trial.arm, "batch": trial.base.batch, "seed": trial.seed}
+    return names | labels(trial)
+
+
+def labels(trial: Trial) -> dict[str, Any]:
+    """What a result says of the trial's place in the study; it may change without the trial being trained again."""
+    return {"arm": trial.arm, "point": trial.point, "role": trial.role, "edge": trial.edge}
 
 
 def failure(trial: Trial, error: str) -> dict[str, Any]:
@@ -113,9 +125,11 @@ def _job(worker: Worker, assignment: Assignment) -> Any:
         context=trial.context(),
         evaluate=trial.workload.evaluate,
         target=trial.workload.target,
+        deadlines=assignment.deadlines,
         micro_batch=None if limit == "auto" else limit,
         dtype=dtype,
         log_steps=trial.log_steps,
+        speed=trial.speed,
         save_seconds=None if interval == "auto" else interval,
         mtbf=trial.checkpoint.mtbf,
         keep=trial.checkpoint.keep,
@@ -132,11 +146,11 @@ def _device_name(worker: Worker) -> str:
 
 @contextlib.contextmanager
 def rank_log(path: Path) -> Iterator[None]:
-    """What the rank prints goes into its own file, across attempts."""
+    """What the rank prints goes into its own file, across attempts; and where it stands, should it hang."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", buffering=1, encoding="utf-8") as file:
         print(f"# pid {os.getpid()} at {time.strftime('%Y-%m-%d %H:%M:%S')}", file=file)
-        with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        with stacks.written_to(file), contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             try:
                 yield
             except Exception:

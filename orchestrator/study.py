@@ -11,18 +11,21 @@ from typing import Any
 
 import yaml
 
-from orchestrator.environment import describe, resolve_precision
+from orchestrator.environment import describe
 from orchestrator.files import Damaged, write_atomic, write_json
-from orchestrator.recipe import Recipe, dump, expand, resolved
-from orchestrator.results import outcome
+from orchestrator.recipe import Recipe, dump, resolved
+from orchestrator.results import Deadline, outcome
+from orchestrator.run_trial import labels
+from orchestrator.search.stages import Stages
 from orchestrator.store import Store
 from orchestrator.trial import Trial
+from orchestrator.tuning import resolve_precision
 from orchestrator.workloads import fingerprint, load
 
 # Keys that change no result: they may differ from one run of a study to the next.
-FREE = ("cluster", "tracking", "checkpoint")
+FREE = ("cluster", "tracking", "speed", "checkpoint")
 # Keys that may only grow, of the base and of each arm's.
-GROWING = ("base.epochs", "base.steps")
+GROWING = ("base.epochs", "base.steps", "search.points", "search.winners")
 
 
 class Changed(Exception):
@@ -51,17 +54,43 @@ class Study:
             load(data)
 
     @cached_property
-    def trials(self) -> list[Trial]:
+    def stages(self) -> Stages:
         convolutional = self.recipe.workload.model.name != "mlp"
-        return expand(self.recipe, fingerprint, resolve_precision(self.recipe.precision, convolutional))
+        precision = resolve_precision(self.recipe.precision, convolutional)
+        return Stages(self.recipe, fingerprint, precision, self.store.result)
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All that the results on file call for; a search may call for more once it has more results."""
+        return self.stages.trials
+
+    def done(self, trial: Trial) -> bool:
+        """Whether the trial has its final result."""
+        return self.stages.finished(trial)
 
     def left(self) -> list[Trial]:
         """Trials without a final result, in the order of the recipe."""
-        return [trial for trial in self.trials if not self.store.finished(trial.id)]
+        return [trial for trial in self.trials if not self.done(trial)]
 
     def finished(self) -> list[dict[str, Any]]:
         results = (self.store.result(trial.id) for trial in self.trials)
         return [result for result in results if result]
+
+    def commit(self, trial: Trial, result: dict[str, Any]) -> list[Trial]:
+        """Keep a trial's result; the trials that it calls for, which nothing called for before."""
+        cell = self.stages.cell_of[trial.id]
+        if result["status"] == "pruned":
+            result = result | {"pruned_by": cell.terms(result)}
+        self.store.commit(result)
+        known = set(self.stages.cell_of)
+        if not (cell.search and self.stages.update([cell])):
+            return []
+        self._list_trials()
+        return [trial for trial in self.trials if trial.id not in known]
+
+    def deadlines(self, trial: Trial) -> tuple[Deadline, ...]:
+        """By when the trial has to have reached what, lest its search gives it up."""
+        return self.stages.cell_of[trial.id].deadlines(trial, self.store.rows)
 
     # ------------------------------------------------------------------------------------------- the recipe on file
 
@@ -87,8 +116,11 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(folder / "recipe.yaml", self.source)
         write_atomic(folder / "resolved.yaml", dump(resolved(self.recipe)))
-        write_json(folder / "trials.json", [trial.id for trial in self.trials])
+        self._list_trials()
         write_json(folder / "env.json", describe())
+
+    def _list_trials(self) -> None:
+        write_json(self.store.directory / "trials.json", [trial.id for trial in self.trials])
 
     def adopt(self) -> None:
         """Bring results on file up to this recipe's names and target: both are read from the curves, nothing is trained."""
@@ -96,10 +128,13 @@ class Study:
             result = self.store.result(trial.id)
             if result and result["status"] != "failed":
                 self._adopt(trial, result)
+        if self.stages.update():  # a new target has other winners
+            self._list_trials()
+            self.adopt()
 
     def _adopt(self, trial: Trial, result: dict[str, Any]) -> None:
         new = result | outcome(self.store.rows(result), trial.workload.target, timed=not result["reused"])
-        new |= {"arm": trial.arm, "point": trial.point}
+        new |= labels(trial)
         if new != result:
             self.store.commit(new)
 
@@ -120,9 +155,16 @@ def decisive(recipe: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in recipe.items() if key not in FREE}
     ((_, options),) = recipe["engine"].items()
     kept["engine"] = {"compression": options.get("compression", {"none": {}})}
+    kept |= {key: _search(kept[key]) for key in ("search",) if key in kept}
+    kept["arms"] = {name: arm | ({"search": _search(arm["search"])} if "search" in arm else {}) for name, arm in kept["arms"].items()}
     if not recipe["workload"].get("target", {}).get("stop"):
         kept["workload"] = {key: value for key, value in recipe["workload"].items() if key != "target"}
     return kept
+
+
+def _search(search: dict[str, Any]) -> dict[str, Any]:
+    """Whom a search gives up changes no result: what it gave up is trained on where that no longer holds."""
+    return {key: value for key, value in search.items() if key not in ("prune", "allow_unequal")}
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

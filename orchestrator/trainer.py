@@ -6,6 +6,7 @@ import dataclasses
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from orchestrator.checkpoint_interval import CheckpointInterval, expected_cost
 from orchestrator.evaluate import average_buffers, evaluate, reduced
 from orchestrator.metrics import Rows
 from orchestrator.phases import PhaseStore, Record
+from orchestrator.recipe.choices import LARGEST
+from orchestrator.recipe.schema import Speed
 from orchestrator.recipe.workload_schema import Interval, Target
-from orchestrator.results import reached
+from orchestrator.results import Deadline, reached, unmet
+from orchestrator.tuning import tune
 from orchestrator.workloads.order import micro, share
 from strategies.contract import Batch, Clock, Plan, State, Stream, Weights, Worker, mix
 from strategies.net import Net
@@ -39,9 +43,11 @@ class Job:
     context: dict[str, Any]  # what determines the result beside the plan
     evaluate: Interval = Interval(epochs=1)
     target: Target | None = None
+    deadlines: tuple[Deadline, ...] = ()  # a trial that misses one is given up, its phase not kept
     micro_batch: int | None = None  # examples per forward pass at most; None: found
     dtype: torch.dtype = torch.float32
     log_steps: int = 50
+    speed: Speed = Speed(patch_convolutions=False)
     save_seconds: float | None = None  # of training between checkpoints; None: as often as pays off
     mtbf: float = 3600.0  # seconds from one failure to the next
     keep: int = 2
@@ -62,10 +68,11 @@ class Progress:
     saves: int = 0
     first_loss: float | None = None
     exploded_since: int | None = None  # step since which the loss has been too high
-    status: str = "running"  # done, diverged
+    status: str = "running"  # done, diverged, pruned
     reused_steps: int = 0
     micro_batch: int = 0  # of the last phase, where it was trained
     parameters: int = 0  # likewise
+    patch_convolutions: int = 0  # likewise: how many convolutions go by patches
 
 
 class Trainer:
@@ -103,7 +110,7 @@ class Trainer:
             checkpoint.restore(run.state, found["state"])
         self.progress.micro_batch, self.progress.parameters = run.micro, sum(p.numel() for p in run.net.parameters())
         run.train()
-        if self.worker.rank == 0 and self.progress.status != "diverged":
+        if self.worker.rank == 0 and self.progress.status in ("running", "done"):
             record = Record(run.weights(), self.rows.of_phase(index), asdict(self.progress), run.handed_on)
             self.job.store.put(name, record)
         return Carried(run.weights(), run.handed_on)
@@ -137,10 +144,12 @@ class PhaseRun:
         self.steps = phase.steps(job.dataset.examples)
         self.every = job.evaluate.in_steps(job.dataset.examples, phase.batch)
         self.net = self._build()
+        self._quicken()
         self.micro = self._micro_batch()
         self.state: State = phase.learner.init(self.net, worker)
         if carried.state is not None:
             checkpoint.restore(self.state, carried.state)
+        self.deadlines = self._deadlines()
         self.handed_on: Any = None
         self.window: dict[str, torch.Tensor] = {}  # sums of this rank's metrics since the last row
         self.window_start = progress.step
@@ -155,7 +164,7 @@ class PhaseRun:
         for surgery in self.phase.surgery:
             net = surgery(net)
         net = net.to(device=self.worker.device, dtype=job.dtype)
-        if len(job.dataset.inputs) == 3:
+        if job.speed.channels_last and len(job.dataset.inputs) == 3:
             net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.carried.weights is not None:
             self.phase.carry(self.carried.weights, net)
@@ -167,6 +176,15 @@ class PhaseRun:
         """A pure function of the data: made again after a resume, when the checkpoint's weights take its place."""
         for initialise in self.phase.initialise:
             initialise(net, lambda n: self.phase.source(self.job.dataset.first(n), net))
+
+    def _quicken(self) -> None:
+        """The same network, computed faster (see `Speed`)."""
+        speed, progress = self.job.speed, self.progress
+        local = min(-(-self.phase.batch // self.worker.size), self.job.micro_batch or LARGEST)
+        sample = partial(self._train_batch, 0)
+        progress.patch_convolutions = tune(self.net, sample, local, self.worker, speed.patch_convolutions)
+        if speed.compile != "off":
+            self.net.compile(mode="reduce-overhead" if speed.compile == "cuda_graphs" else None)
 
     def _micro_batch(self) -> int:
         local = -(-self.phase.batch // self.worker.size)
@@ -253,6 +271,7 @@ class PhaseRun:
             row |= evaluate(self.phase, self.net, self.state, self.job.dataset, self.worker)
         if self.job.target and self.job.target.stop and reached(self.job.target, row):
             self.progress.status = "done"
+        self._judge_deadlines(row)
         self.rows.add(row)
         self.progress.eval_seconds += self.watch.lap()
         self._save_if_due()
@@ -284,6 +303,21 @@ class PhaseRun:
         lasting = high and progress.steps - progress.exploded_since >= 0.01 * self.steps  # type: ignore[operator]
         if not math.isfinite(loss) or lasting:
             progress.status = "diverged"
+
+    def _deadlines(self) -> list[Deadline]:
+        """Those that no row so far has met; rank 0 alone has the rows."""
+        all_of_them = self.job.deadlines
+        if not all_of_them:
+            return []
+        left = from_rank_0(self.worker, lambda: [all_of_them.index(d) for d in unmet(all_of_them, self.rows.read())])
+        return [all_of_them[i] for i in left]
+
+    def _judge_deadlines(self, row: dict[str, Any]) -> None:
+        """A phase at its end is not given up: it is there to be kept."""
+        self.deadlines = unmet(self.deadlines, [row])
+        missed = any(deadline.step <= row["step"] for deadline in self.deadlines)
+        if missed and self.progress.status == "running" and self.progress.step < self.steps:
+            self.progress.status = "pruned"
 
     def _save_if_due(self) -> None:
         """Rank 0 alone decides and writes: saving changes nothing that another rank would see."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from orchestrator.identity import digest
 from orchestrator.recipe.choices import Model
-from orchestrator.recipe.schema import Base, Checkpoint, Cluster, Engine
+from orchestrator.recipe.schema import Base, Checkpoint, Cluster, Engine, Speed
 from orchestrator.recipe.workload_schema import Workload
 from strategies import CATALOGUE
 
@@ -17,7 +17,9 @@ SEMANTICS = 1  # raised when the trainer changes what a trial means, so that old
 class Trial(Model):
     arm: str
     seed: int
-    point: dict[str, Any]  # grid values, by dotted path
+    point: dict[str, Any]  # values of the grid and of the search, by dotted path
+    role: Literal["grid", "tuning", "winner"] = "grid"  # tuning: a point of a search; winner: its best, a fresh seed
+    edge: str | None = None  # of a winner: where its point lies at the edge of the box
     workload: Workload
     base: Base
     strategies: tuple[tuple[str, dict[str, Any]], ...]  # (recipe name, options), in the order of the recipe
@@ -25,6 +27,7 @@ class Trial(Model):
     data: str  # fingerprint of the data set
     engine: Engine
     cluster: Cluster
+    speed: Speed = Speed()
     checkpoint: Checkpoint
     log_steps: int
 
@@ -48,6 +51,7 @@ class Trial(Model):
             "log_steps": self.log_steps,
             "local_batch": self.local_batch if self.normalises_batches else None,
             **self.compression,
+            **self.extra,
             **self.sharing,
         }
 
@@ -70,6 +74,12 @@ class Trial(Model):
         if not any(CATALOGUE[name].parts_matter for name, _ in self.strategies):
             return {}
         return {"sharing": {"workers": self.cluster.workers, "local_batch": self.local_batch}}
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What the recipe tells DeepSpeed past us, where it does: it may change anything."""
+        found = getattr(self.engine.options, "extra", None)
+        return {"extra": found} if found else {}
 
     @property
     def local_batch(self) -> int:

@@ -15,9 +15,12 @@ from pydantic import BaseModel
 from orchestrator import trial as trials  # a module, not its Trial: trial.py imports this package's schema
 from orchestrator.recipe.fields import below, model_in
 from orchestrator.recipe.schema import Base
+from orchestrator.recipe.search_schema import Search
 from orchestrator.recipe.study_schema import Arm, Recipe
 from orchestrator.recipe.workload_schema import Data, Workload
 from orchestrator.recipe.yaml_nodes import scalar
+from orchestrator.search import space
+from orchestrator.search.designs import design
 
 Number: TypeAlias = Literal["fp32", "bf16", "fp64"]
 
@@ -53,11 +56,15 @@ def nest(point: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """An arm at one point of the grid, as plain data."""
+    """An arm at one point of the grid, or of a search there, as plain data."""
 
     arm: str
     values: dict[str, Any]  # by dotted path
     data: dict[str, Any]  # base, workload and precision, merged
+
+    def at(self, values: dict[str, Any]) -> Point:
+        """With these values too."""
+        return Point(self.arm, self.values | values, merge(Recipe, self.data, nest(values)))
 
 
 def axes(recipe: Recipe) -> dict[str, list[Any]]:
@@ -77,8 +84,24 @@ def points(recipe: Recipe) -> Iterator[Point]:
     for name in recipe.arms:
         own = arm_data(recipe, name)
         for values in itertools.product(*grid.values()):
-            point = dict(zip(grid, values, strict=True))
-            yield Point(name, point, merge(Recipe, own, nest(point)))
+            yield Point(name, {}, own).at(dict(zip(grid, values, strict=True)))
+
+
+def search_of(recipe: Recipe, arm: str) -> Search | None:
+    return recipe.arms[arm].search or recipe.search
+
+
+def settings(recipe: Recipe) -> Iterator[Point]:
+    """All points, and where an arm is searched those of its design: all that is trained, save what results decide."""
+    for point in points(recipe):
+        search = search_of(recipe, point.arm)
+        yield from designed(point, search) if search else [point]
+
+
+def designed(cell: Point, search: Search) -> list[Point]:
+    """The points of a search in a cell, the same at each point of the grid; none if each goes by results."""
+    drawn = design(search.method.name, search.points, len(space.axes(search)), search.seed)
+    return [cell.at(space.place(search, unit)) for unit in drawn]
 
 
 def seeds(recipe: Recipe) -> list[int]:
@@ -86,19 +109,24 @@ def seeds(recipe: Recipe) -> list[int]:
 
 
 def size(recipe: Recipe) -> int:
-    """How many trials the recipe makes."""
-    per_arm = math.prod(len(values) for values in axes(recipe).values())
+    """How many trials the recipe makes, winners of its searches included."""
+    cells = math.prod(len(values) for values in axes(recipe).values())
     runs = recipe.seeds if isinstance(recipe.seeds, int) else len(recipe.seeds)
-    return len(recipe.arms) * per_arm * runs
+    return sum(cells * _runs(search_of(recipe, arm), runs) for arm in recipe.arms)
+
+
+def _runs(search: Search | None, seeds: int) -> int:
+    return search.points * seeds + search.winners if search else seeds
 
 
 def expand(recipe: Recipe, fingerprint: str | Callable[[Data], str], precision: Number) -> list[trials.Trial]:
-    """The trials of a recipe that `load` gave: by arm, then by point of the grid, then by seed.
+    """The trials of a recipe that `load` gave which no result decides: by arm, then by point of the grid, then by point
+    of the search if there is one, then by seed.
 
     `fingerprint` identifies the data set, or tells it from the recipe's words for it. `precision` stands in for `auto`.
     """
     of = functools.cache(fingerprint) if callable(fingerprint) else lambda data: fingerprint
-    return [trial_at(recipe, point, seed, of, precision) for point in points(recipe) for seed in seeds(recipe)]
+    return [trial_at(recipe, point, seed, of, precision) for point in settings(recipe) for seed in seeds(recipe)]
 
 
 def trial_at(
@@ -109,6 +137,7 @@ def trial_at(
         arm=point.arm,
         seed=seed,
         point=point.values,
+        role="tuning" if search_of(recipe, point.arm) else "grid",
         workload=workload,
         base=Base.model_validate(point.data["base"]),
         strategies=methods(recipe, recipe.arms[point.arm]),
@@ -116,6 +145,7 @@ def trial_at(
         data=fingerprint(workload.data),
         engine=recipe.engine,
         cluster=recipe.cluster,
+        speed=recipe.speed,
         checkpoint=recipe.checkpoint,
         log_steps=recipe.log_steps,
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from orchestrator.recipe.choices import LARGEST, WHOLE, Choice, Count, Empty, Model, Name, Positive
+from orchestrator.recipe.deepspeed_schema import DeepSpeed
 
 # -------------------------------------------------------------------------------------------------------------- base
 
@@ -114,6 +115,7 @@ class Ddp(Model):
 class Engine(Choice):
     solo: Empty | None = None
     ddp: Ddp | None = None
+    deepspeed: DeepSpeed | None = None
 
 
 class Cluster(Model):
@@ -128,6 +130,20 @@ class Cluster(Model):
     gangs: Positive | Literal["auto"] = Field(default="auto", description="trials that run side by side")
     max_failures: Count = Field(default=2, description="times that a lost worker may be replaced, per trial")
     timeout: Annotated[float, Field(gt=0)] = Field(default=300, description="seconds without a sign of life")
+
+
+class Speed(Model):
+    """How the same numbers are computed faster. None of it changes a result, save rounding."""
+
+    patch_convolutions: bool | Literal["auto"] = Field(
+        default="auto",
+        description="convolutions on small maps as one matrix product, on CPUs; auto: those that were measured to gain",
+    )
+    keep_memory: bool = Field(default=True, description="freed memory stays with the worker (glibc), for the next step")
+    channels_last: bool = Field(default=True, description="images lie in memory as (n, h, w, c)")
+    compile: Literal["off", "default", "cuda_graphs"] = Field(
+        default="off", description="torch.compile of the network; cuda_graphs: with its mode reduce-overhead, on GPUs"
+    )
 
 
 class Wandb(Model):

@@ -9,7 +9,8 @@ from pydantic_core import PydanticCustomError
 
 from orchestrator.recipe.choices import Choice, Count, Model, Name, Positive
 from orchestrator.recipe.derive import choice_of, grid_over, patch_of
-from orchestrator.recipe.schema import Base, Checkpoint, Cluster, Ddp, Engine, Precision, Tracking
+from orchestrator.recipe.schema import Base, Checkpoint, Cluster, Ddp, Engine, Precision, Speed, Tracking
+from orchestrator.recipe.search_schema import Search
 from orchestrator.recipe.workload_schema import Workload
 from strategies import CATALOGUE
 
@@ -40,6 +41,7 @@ class Arm(Model):
 
     strategies: list[StrategyChoice] = Field(default=[], description="applied after the strategies of the study")
     base: BasePatch = Field(default=BasePatch.model_validate({}), description="what this arm changes in the base")
+    search: Search | None = Field(default=None, description="this arm's, instead of the study's")
 
 
 class Recipe(Model):
@@ -50,12 +52,14 @@ class Recipe(Model):
     engine: Engine = Engine(ddp=Ddp())
     cluster: Cluster = Cluster()
     precision: Precision = "auto"
+    speed: Speed = Speed()
     base: Base
     strategies: list[StrategyChoice] = Field(default=[], description="applied in every arm")
     arms: dict[Name, Arm] = Field(
         default={"base": Arm()}, min_length=1, json_schema_extra={"additionalProperties": False}
     )
     grid: Grid = Field(default=Grid(), description="values to cross, by dotted path: {base.batch: [32, 128]}")
+    search: Search | None = Field(default=None, description="points to try in each arm and at each point of the grid")
     seeds: Positive | Distinct = Field(default=1, description="how many (3: seeds 0, 1, 2), or which")
     tracking: Tracking = Tracking()
     checkpoint: Checkpoint = Checkpoint()

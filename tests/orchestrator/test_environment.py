@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import environment
-from orchestrator.environment import describe, is_secret, redact, redact_command, resolve_precision
+from orchestrator.environment import describe, is_secret, redact, redact_command
 
 
 def test_describes_this_machine_as_json() -> None:
@@ -82,25 +82,6 @@ def test_redacted_command_keeps_the_rest() -> None:
     given = ["run", "r.yaml", "--set", "base.epochs=2", "--api-key", "x", "-v", "--token=x", "WANDB_API_KEY=x"]
     shown = ["run", "r.yaml", "--set", "base.epochs=2", "--api-key", "***", "-v", "--token=***", "WANDB_API_KEY=***"]
     assert redact_command(given) == shown
-
-
-@pytest.mark.parametrize(
-    ("asked", "convolutional", "gpu", "flags", "resolved"),
-    [
-        ("fp64", True, True, "amx_bf16", "fp64"),
-        ("fp32", True, True, "amx_bf16", "fp32"),
-        ("auto", False, True, "", "bf16"),
-        ("auto", True, False, "sse amx_bf16 amx_tile", "bf16"),
-        ("auto", False, False, "sse amx_bf16 amx_tile", "fp32"),
-        ("auto", True, False, "sse avx512_bf16", "fp32"),
-    ],
-)
-def test_precision(
-    monkeypatch: pytest.MonkeyPatch, asked: str, convolutional: bool, gpu: bool, flags: str, resolved: str
-) -> None:
-    monkeypatch.setattr(environment, "has_gpu", lambda: gpu)
-    monkeypatch.setattr(environment, "_cpuinfo", lambda field: flags)
-    assert resolve_precision(asked, convolutional) == resolved  # type: ignore[arg-type]
 
 
 def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
