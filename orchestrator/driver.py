@@ -23,6 +23,7 @@ from orchestrator.files import Tail, write_json
 from orchestrator.launch import Launcher
 from orchestrator.plan import check_plans
 from orchestrator.progress import Progress
+from orchestrator.recipe.resolve import size
 from orchestrator.run_trial import Assignment, failure, run_trial
 from orchestrator.shipment import shipment
 from orchestrator.signals import TERMINATED, Signals, Stopped
@@ -178,7 +179,8 @@ class Driver:
         run.life, action = advance(run.life, outcome, self.policy)
         if isinstance(outcome, Done):
             self.idle.append(gang)
-            self._dispatch()  # first the next trial, then the books
+            if not self.study.searched:  # whose next trial waits for what this one tells of its rivals
+                self._dispatch()  # first the next trial, then the books
             return self._done(gang, run, outcome.value)
         self._lost(run, outcome)
         if action is Action.RESUME:
@@ -202,7 +204,7 @@ class Driver:
         self._commit(run, result | {"attempts": run.attempts})
 
     def _commit(self, run: Run, result: dict[str, Any]) -> None:
-        self.store.commit(result)
+        self.waiting += map(Run, self.study.commit(run.trial, result))
         self.store.journal("trial_ended", trial=run.trial.id, status=result["status"])
         self.counts[result["status"]] += 1
         self.view.ended(result, self.status())
@@ -233,7 +235,9 @@ class Driver:
         self.view.update(status)
 
     def status(self) -> dict[str, Any]:
-        trials = {"total": len(self.study.trials), "running": len(self.busy), "left": len(self.waiting), **self.counts}
+        total = size(self.study.recipe)
+        left = len(self.waiting) + total - len(self.study.trials)  # with those that a search has yet to call for
+        trials = {"total": total, "running": len(self.busy), "left": left, **self.counts}
         return {
             "study": self.study.recipe.study,
             "state": self.state,
@@ -282,7 +286,12 @@ class Driver:
         self.store.journal("study_ended", state=self.state, exit_code=code)
         self.store.write_status(self.status())
         if self.state == "interrupted":
-            print(f"interrupted with {len(self.waiting)} trials left; the same command goes on", file=sys.stderr)
+            print(
+                f"interrupted with {self.status()['trials']['left']} trials left; the same command goes on",
+                file=sys.stderr,
+            )
+        for line in self.study.stages.unfinished():
+            print(line, file=sys.stderr)
         if self.gaps:
             print(
                 f"first trial after {self.startup:.1f} s; median gap between trials {statistics.median(self.gaps):.3f} s",

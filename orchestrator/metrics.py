@@ -20,7 +20,7 @@ class Rows:
     def trim(self, last_step: int) -> None:
         """Forget rows after `last_step`: they will be made again."""
         if self.writes:
-            rows = [row for row in self._read() if row["step"] <= last_step]
+            rows = [row for row in self.read() if row["step"] <= last_step]
             write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in rows))
             self.file = open_lines(self.path)
 
@@ -34,9 +34,10 @@ class Rows:
             self.add(row)
 
     def of_phase(self, phase: int) -> list[dict[str, Any]]:
-        return [row for row in self._read() if row["phase"] == phase]
+        return [row for row in self.read() if row["phase"] == phase]
 
-    def _read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[dict[str, Any]]:
+        """All rows on file, none if there is no file."""
         return read_lines(self.path) if self.path.exists() else []
 
     def close(self) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-from cluster.engines import OFFERS
+from cluster.engines import OFFERS, variant
 from orchestrator.compose import compose
 from orchestrator.identity import canonical
-from orchestrator.recipe import Recipe, expand
+from orchestrator.recipe import Recipe
+from orchestrator.recipe.resolve import axes, search_of, size
+from orchestrator.search.stages import Stages
 from orchestrator.study import Study
 from orchestrator.trial import Trial
 from orchestrator.workloads.noisy_quadratic import QuadraticData
@@ -18,10 +20,10 @@ from strategies.contract import Need, Plan, PlanError
 
 def check_plans(recipe: Recipe) -> int:
     """Composes every arm at every grid point, without data and without torch; the number of trials. Raises PlanError."""
-    trials = expand(recipe, lambda data: "", "fp32")
-    for _, group in _settings(trials):
+    trials = Stages(recipe, lambda data: "", "fp32", read=lambda trial: None).trials
+    for _, group in groupby(trials, key=lambda trial: (trial.arm, sorted(trial.point.items()))):
         _compose(next(iter(group)), examples=1)
-    return len(trials)
+    return size(recipe)
 
 
 def _compose(trial: Trial, examples: int) -> Plan:
@@ -31,9 +33,10 @@ def _compose(trial: Trial, examples: int) -> Plan:
         raise PlanError(f"arms.{trial.arm}: {error}") from None
 
 
-def _settings(trials: list[Trial]) -> Iterable[tuple[Any, Iterable[Trial]]]:
-    """Trials that differ by their seed alone stand together in the order of a recipe."""
-    return groupby(trials, key=lambda trial: (trial.arm, sorted(trial.point.items())))
+def _settings(recipe: Recipe, trials: list[Trial]) -> Iterable[tuple[Any, Iterable[Trial]]]:
+    """Trials that differ by their seed, or by their point in a search, stand together in the order of a recipe."""
+    grid = axes(recipe)
+    return groupby(trials, key=lambda trial: (trial.arm, [trial.point[path] for path in grid], trial.role))
 
 
 def as_data(study: Study) -> dict[str, Any]:
@@ -42,17 +45,17 @@ def as_data(study: Study) -> dict[str, Any]:
 
     recipe, data = study.recipe, study.recipe.workload.data
     examples = QuadraticData.examples if data.noisy_quadratic else len(load(data).train_y)
-    settings = [_setting(study, list(group), examples) for _, group in _settings(study.trials)]
-    offers = OFFERS[recipe.engine.name]
+    settings = [_setting(study, list(group), examples) for _, group in _settings(recipe, study.trials)]
+    engine = variant(recipe.engine.name, recipe.engine.options.model_dump())
     return {
         "study": recipe.study,
         "directory": str(study.store.directory),
         "data": {"name": data.name, "examples": examples, "fingerprint": study.trials[0].data},
-        "engine": recipe.engine.name,
-        "offers": _names(offers),
+        "engine": engine,
+        "offers": _names(OFFERS[engine]),
         "workers": recipe.cluster.workers,
         "precision": study.trials[0].precision,
-        "trials": len(study.trials),
+        "trials": size(recipe),
         "done": sum(s["done"] for s in settings),
         "settings": settings,
     }
@@ -66,7 +69,7 @@ def _setting(study: Study, trials: list[Trial], examples: int) -> dict[str, Any]
     share = -(-trial.base.batch // workers)
     return {
         "arm": trial.arm,
-        "point": trial.point,
+        "point": trial.point if trial.role == "winner" else {path: trial.point[path] for path in axes(study.recipe)},
         "batch": trial.base.batch,
         "workers": workers,
         "micro_batch": micro,
@@ -75,10 +78,20 @@ def _setting(study: Study, trials: list[Trial], examples: int) -> dict[str, Any]
         "steps": sum(p.steps(examples) for p in plan.phases),
         "phases": [{"name": p.name, "epochs": p.epochs, "learner": canonical(p.learner)} for p in plan.phases],
         "needs": _names(plan.needs),
-        "seeds": [t.seed for t in trials],
+        "seeds": sorted({t.seed for t in trials}),
+        "search": _search(study, trial),
         "trials": [t.id for t in trials],
-        "done": sum(study.store.finished(t.id) for t in trials),
+        "done": sum(map(study.done, trials)),
     }
+
+
+def _search(study: Study, trial: Trial) -> dict[str, Any] | None:
+    """The budget of the cell that the trial belongs to; None outside a search."""
+    search = search_of(study.recipe, trial.arm)
+    if search is None:
+        return None
+    budget = {"method": search.method.name, "points": search.points, "winners": search.winners}
+    return budget | {"prune": search.prune.name, "role": trial.role}
 
 
 def _names(needs: Need) -> list[str]:
@@ -105,5 +118,15 @@ def _line(s: dict[str, Any]) -> str:
     )
     phases = " > ".join(f"{p['name']} {p['epochs']:g} epochs" for p in s["phases"])
     others = ", ".join(f"{k}={v}" for k, v in s["point"].items() if k != "base.batch")
-    tail = f"{phases}; {', '.join(s['needs']) or 'nothing'}" + (f"  [{others}]" if others else "")
+    tail = f"{phases}; {', '.join(s['needs']) or 'nothing'}" + (f"  [{others}]" if others else "") + _budget(s)
     return f"{s['arm']:16}{s['batch']:>8} = {arithmetic:32}{s['steps']:>9}  {len(s['seeds']):>5}{s['done']:>6}  {tail}"
+
+
+def _budget(s: dict[str, Any]) -> str:
+    """What a search may cost, on the line of its points."""
+    search = s["search"]
+    if not search or search["role"] == "winner":
+        return "  winner on fresh seeds" if search else ""
+    tuning, again = search["points"] * len(s["seeds"]), search["winners"]
+    what = f"{search['method']} {search['points']} points, then the best on {again} fresh seeds"
+    return f"  {what}: at most {(tuning + again) * s['steps']} steps, pruning {search['prune']}"

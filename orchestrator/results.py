@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.recipe.workload_schema import Target
 
 METRICS = ("test_", "train_")
+QUALITY = ("test_accuracy", "test_loss", "train_loss")  # of the final quality, the first that was measured
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A trial that has not reached `target` at its first row from `step` on is given up: it ends as `pruned`."""
+
+    step: int
+    target: Target
 
 
 def reached(target: Target, row: dict[str, Any]) -> bool:
@@ -16,6 +26,12 @@ def reached(target: Target, row: dict[str, Any]) -> bool:
     if value is None:
         return False
     return value >= target.value if target.higher_is_better else value <= target.value
+
+
+def unmet(deadlines: Iterable[Deadline], rows: Iterable[dict[str, Any]]) -> list[Deadline]:
+    """The deadlines whose target none of the rows has reached, on time or late."""
+    rows = list(rows)
+    return [deadline for deadline in deadlines if not any(reached(deadline.target, row) for row in rows)]
 
 
 def outcome(rows: Iterable[dict[str, Any]], target: Target | None, timed: bool = True) -> dict[str, Any]:

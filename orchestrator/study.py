@@ -60,6 +60,10 @@ class Study:
         return Stages(self.recipe, fingerprint, precision, self.store.result)
 
     @property
+    def searched(self) -> bool:
+        return any(cell.search for cell in self.stages.cells)
+
+    @property
     def trials(self) -> list[Trial]:
         """All that the results on file call for; a search may call for more once it has more results."""
         return self.stages.trials
@@ -155,16 +159,18 @@ def decisive(recipe: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in recipe.items() if key not in FREE}
     ((_, options),) = recipe["engine"].items()
     kept["engine"] = {"compression": options.get("compression", {"none": {}})}
-    kept |= {key: _search(kept[key]) for key in ("search",) if key in kept}
-    kept["arms"] = {name: arm | ({"search": _search(arm["search"])} if "search" in arm else {}) for name, arm in kept["arms"].items()}
+    kept = _searched(kept) | {"arms": {name: _searched(arm) for name, arm in kept["arms"].items()}}
     if not recipe["workload"].get("target", {}).get("stop"):
         kept["workload"] = {key: value for key, value in recipe["workload"].items() if key != "target"}
     return kept
 
 
-def _search(search: dict[str, Any]) -> dict[str, Any]:
+def _searched(holder: dict[str, Any]) -> dict[str, Any]:
     """Whom a search gives up changes no result: what it gave up is trained on where that no longer holds."""
-    return {key: value for key, value in search.items() if key not in ("prune", "allow_unequal")}
+    if "search" not in holder:
+        return holder
+    kept = {key: value for key, value in holder["search"].items() if key not in ("prune", "allow_unequal")}
+    return holder | {"search": kept}
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

@@ -95,7 +95,8 @@ class Choice(OneOf):
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         schema = super().__get_pydantic_json_schema__(core, handler)
         about = {key: schema.pop(key) for key in ("title", "description") if key in schema}
-        return about | {"anyOf": [{"enum": cls.bare_names()}, schema]}
+        names = cls.bare_names()
+        return about | {"anyOf": [{"enum": names}, schema]} if names else about | schema
 
     @classmethod
     def alternatives(cls) -> list[str]:

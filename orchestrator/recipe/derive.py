@@ -46,6 +46,16 @@ def grid_over(**roots: Any) -> type[Model]:
     return create_model("Grid", __base__=Model, __doc__="Values to cross, by the dotted path of a field.", **columns)
 
 
+def space_over(axis: type[Model], **roots: Any) -> type[Model]:
+    """A model whose keys are the dotted paths of all real numbers under `roots`, each with how it is searched."""
+    columns: dict[str, Any] = {}
+    for path, annotation, description in (row for root, kind in roots.items() for row in places(root, kind)):
+        if branches(annotation) == [float]:
+            about = Field(default=None, alias=path, description=description)
+            columns[path.replace(".", "__")] = (axis | None, about)
+    return create_model("Space", __base__=Model, __doc__="What is searched, by the dotted path of a number.", **columns)
+
+
 def places(path: str, annotation: Any, description: str | None = None) -> Iterator[tuple[str, Any, str | None]]:
     """(dotted path, annotation, description) of a field and of all fields below, without models at the root."""
     kind = model_in(annotation)

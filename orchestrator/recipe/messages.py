@@ -80,8 +80,10 @@ def _wrong_value(error: ErrorDetails, path: Path, annotation: Any) -> str:
         return f"{error['msg']}, got {_keys(value)}"
     if kind == "distinct":
         return error["msg"]
-    if kind == "too_short":
-        return "expected at least one entry, got none"
+    if kind in ("too_short", "too_long"):
+        limits, word = error["ctx"], "least" if kind == "too_short" else "most"
+        limit = limits["min_length" if kind == "too_short" else "max_length"]
+        return f"expected at {word} {entries(limit)}, got {limits['actual_length'] or 'none'}"
     if kind == "needs_options":
         return f"{value} needs options, write {{{value}: ...}}"
     if kind == "string_pattern_mismatch":
@@ -90,6 +92,10 @@ def _wrong_value(error: ErrorDetails, path: Path, annotation: Any) -> str:
     if isinstance(value, str) and wanted and all(isinstance(w, str) for w in wanted):
         return f"{got(value)} is not known, {nearest(value, wanted)}"
     return f"expected {expected(annotation)}, got {got(value)}{hint(value, annotation)}"
+
+
+def entries(n: int) -> str:
+    return "one entry" if n == 1 else f"{n} entries"
 
 
 def _keys(value: Any) -> str:

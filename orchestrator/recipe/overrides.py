@@ -54,13 +54,14 @@ def _set(data: Any, dotted: str, value: Any, root: Any) -> Path:
 
 
 def _next_key(data: Any, path: Path, rest: str) -> tuple[Any, str]:
-    """The first key of a dotted path and what follows it. Keys of the grid, and names of arms, hold dots themselves."""
+    """The first key of a dotted path and what follows it. Names of arms, and keys of the grid and of a search's space, hold
+    dots themselves."""
     if isinstance(data, list):
         key, _, rest = rest.partition(".")
         if not key.isdigit() or int(key) >= len(data):
             raise _NoSuchPlace(path, f"no item {short(key)}, the list has {len(data)}")
         return int(key), rest
-    if path == ("grid",):
+    if path == ("grid",) or path[-2:] == ("search", "space"):
         return rest, ""
     known = [key for key in data if rest == key or rest.startswith(f"{key}.")]
     key = max(known, key=len) if known else rest.partition(".")[0]

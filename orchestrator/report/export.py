@@ -16,6 +16,7 @@ INT, FLOAT, TEXT, BOOL = pa.int64(), pa.float64(), pa.string(), pa.bool_()
 FIXED: dict[str, pa.DataType] = {  # columns that are fields of a result
     **dict.fromkeys(("trial", "arm"), TEXT),
     **dict.fromkeys(("batch", "seed"), INT),
+    **dict.fromkeys(("role", "edge"), TEXT),
     "status": TEXT,
     **{"steps": INT, "epochs": FLOAT, "examples": INT, "examples_per_second": FLOAT},
     **dict.fromkeys(("workers", "threads", "micro_batch"), INT),

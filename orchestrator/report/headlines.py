@@ -26,9 +26,7 @@ from orchestrator.statistics import EXCESS, Estimate, paired_ratio, useful_batch
 def headlines(summary: Summary) -> list[str]:
     """What is missing, if anything; then a sentence or two per arm; then the arms compared at the largest batch size."""
     describe = _scaling if summary.target else _quality
-    arms = [
-        describe(summary, arm, cells) if cells else f"{arm}: all trials failed." for arm, cells in summary.cells.items()
-    ]
+    arms = [describe(summary, arm, cells) if cells else _nothing(summary, arm) for arm, cells in summary.cells.items()]
     return notices(summary) + arms + _comparison(summary)
 
 
@@ -38,7 +36,19 @@ def notices(summary: Summary) -> list[str]:
     failed = sum(r.failed for r in results)
     partial = f"partial: {len(results)} of {planned} trials have a result."
     left_out = f"{failed} of {planned} trials failed and {'is' if failed == 1 else 'are'} left out of all figures."
-    return [partial] * (len(results) < planned) + [left_out] * (failed > 0)
+    return [partial] * (len(results) < planned) + [left_out] * (failed > 0) + edges(summary)
+
+
+def edges(summary: Summary) -> list[str]:
+    """Searches that may have had to look further."""
+    found = [(cell, cell.trials[0].edge) for cell in summary.all_cells if cell.trials[0].edge]
+    return [f"{c.arm} at batch {c.batch}: the best point has {e}; widen the box and search on." for c, e in found]
+
+
+def _nothing(summary: Summary, arm: str) -> str:
+    """Of an arm without a cell."""
+    tuning = any(r.tuning and not r.failed for r in summary.study.results if r.arm == arm)
+    return f"{arm}: its search has no winner yet." if tuning else f"{arm}: all trials failed."
 
 
 # ------------------------------------------------------------------------------------------------- an arm with a target
@@ -112,7 +122,10 @@ def _best_of(cells: list[Cell]) -> str:
     most, least = max(c.settings for c in cells), min(c.settings for c in cells)
     if most == 1:
         return ""
-    return f"; best of {most if most == least else f'{least} to {most}'} settings at each batch size"
+    number = most if most == least else f"{least} to {most}"
+    if all(cell.fresh for cell in cells):
+        return f"; best of {number} searched points at each batch size, run again with fresh seeds"
+    return f"; best of {number} settings at each batch size"
 
 
 def _misses(summary: Summary, arm: str, cells: list[Cell]) -> str:

@@ -42,6 +42,8 @@ class Result(BaseModel):
     batch: int
     seed: int
     status: Text
+    role: Text = "grid"  # tuning: a point of a search; winner: the best of them, on a seed of its own
+    edge: Text | None = None  # of a winner: where its point lies at the edge of the box
     point: dict[Text, Any] = {}
     steps: int | None = None
     epochs: float | None = None
@@ -68,6 +70,10 @@ class Result(BaseModel):
     @property
     def diverged(self) -> bool:
         return self.status == "diverged"
+
+    @property
+    def tuning(self) -> bool:
+        return self.role == "tuning"
 
 
 @dataclass(frozen=True)

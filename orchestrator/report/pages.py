@@ -16,6 +16,7 @@ from markupsafe import Markup
 from orchestrator.report.captions import caption, notes
 from orchestrator.report.inline_svg import inlined
 from orchestrator.report.load import as_text
+from orchestrator.report.search_table import search_table
 from orchestrator.report.summary import Summary
 from orchestrator.report.tables import Table, cells_table, trials_table
 
@@ -35,6 +36,7 @@ class Page:
     headlines: list[str]
     figures: list[Figure]
     cells: Table
+    searches: Table
     trials: Table
     notes: list[str]
     environment: list[tuple[str, str]]  # dotted name, value
@@ -49,6 +51,7 @@ def page(summary: Summary, headlines: list[str], drawn: dict[str, dict[str, byte
         headlines=headlines,
         figures=[_figure(name, files["svg"], summary) for name, files in drawn.items()],
         cells=cells_table(summary),
+        searches=search_table(summary),
         trials=trials_table(summary),
         notes=notes(summary),
         environment=list(flat(study.env)),

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from orchestrator.batch_law import intervals
 from orchestrator.batch_law.law import Point
 from orchestrator.report.load import Result, Study, Target, as_text
+from orchestrator.results import QUALITY
 from orchestrator.statistics import Estimate, estimate, median
 
 BATCH = "base.batch"  # the grid path that is the batch size itself
-METRICS = ("test_accuracy", "test_loss", "train_loss")  # of the final quality, the first that was measured
 
 
 def higher_is_better(metric: str) -> bool:
@@ -48,7 +48,12 @@ class Cell:
     batch: int
     trials: tuple[Result, ...]  # at least one, none of them failed
     metric: str | None
-    settings: int = 1  # of the other grid values, this being the best
+    settings: int = 1  # of the other grid values, or of a search, this being the best
+
+    @property
+    def fresh(self) -> bool:
+        """Whether its setting was found with other seeds than these."""
+        return self.trials[0].role == "winner"
 
     @property
     def hits(self) -> int:
@@ -122,8 +127,9 @@ class Summary:
 def summarise(study: Study) -> Summary:
     usable = [r for r in study.results if not r.failed]
     target = next((r.target for r in study.results if r.target), None)
-    metric = next((m for m in METRICS if any(r.final.get(m) is not None for r in usable)), None)
+    metric = next((m for m in QUALITY if any(r.final.get(m) is not None for r in usable)), None)
     cells = {arm: _cells([r for r in usable if r.arm == arm], metric) for arm in study.arms}
+    cells |= {arm: [_tuned(cell, usable) for cell in own] for arm, own in cells.items()}
     return Summary(study, target, metric, cells)
 
 
@@ -142,7 +148,14 @@ def other_values(result: Result) -> dict[str, Any]:
 
 def _cells(results: Sequence[Result], metric: str | None) -> list[Cell]:
     """Of one arm: the best setting at each batch size."""
-    return [_best([r for r in results if r.batch == b], metric) for b in sorted({r.batch for r in results})]
+    told = [r for r in results if not r.tuning]  # the search chose among the others: they flatter
+    return [_best([r for r in told if r.batch == b], metric) for b in sorted({r.batch for r in told})]
+
+
+def _tuned(cell: Cell, results: Sequence[Result]) -> Cell:
+    """With the number of points that a search tried for it."""
+    points = {as_text(r.point) for r in results if r.tuning and (r.arm, r.batch) == (cell.arm, cell.batch)}
+    return replace(cell, settings=len(points)) if cell.fresh else cell
 
 
 def _best(results: Sequence[Result], metric: str | None) -> Cell:

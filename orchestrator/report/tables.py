@@ -13,7 +13,7 @@ from orchestrator.report.wording import count, figures3, metric_name, metric_val
 from orchestrator.statistics import Estimate, over_perfect, regime, slopes, wilson
 
 LONGEST = 160  # characters of an error in a table; the whole of it is in results.csv
-WORDS = {"arm", "trial", "status", "best setting", "regime", "reused", "error"}  # set flush left
+WORDS = {"arm", "trial", "status", "best setting", "regime", "reused", "error", "role", "at an edge"}  # set flush left
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ def _trial_row(result: Result, paths: list[str], metric: str | None) -> dict[str
     row: dict[str, Any] = {"trial": result.trial, "arm": result.arm, "batch": result.batch}
     row |= {path.removeprefix("base."): as_text(result.point[path]) if path in result.point else None for path in paths}
     row |= {
+        "role": result.role if result.role != "grid" else None,
         "seed": result.seed,
         "status": result.status,
         "steps": result.steps,

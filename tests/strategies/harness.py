@@ -121,7 +121,7 @@ def train(plan: Plan, directory: Path, data: Blobs | None = None, worker: Any = 
 
     record = job.store.get(key(plan, last, job.context))
     assert record is not None or worker.rank, "the trainer kept no weights"
-    return Trained(record.weights if record else {}, trainer.rows._read(), progress)
+    return Trained(record.weights if record else {}, trainer.rows.read(), progress)
 
 
 def distance(a: Trained, b: Trained) -> float:

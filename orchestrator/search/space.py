@@ -1,0 +1,74 @@
+"""From the unit cube to the values of a recipe, and back: how each axis of a search is scaled, and where its edges are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+from orchestrator.recipe.search_schema import Axis, Search
+
+EDGE = 0.05  # of a box's side, as the axis is scaled: a best point this close to an end may have a better one beyond it
+FIGURES = 4  # significant ones of a value: enough for any search, and the same on every machine
+NORMAL = NormalDist()
+
+
+def axes(search: Search) -> dict[str, Axis]:
+    """By dotted path, sorted: the order in which a recipe lists them moves no point."""
+    stated = {
+        field.alias or name: getattr(search.space, name) for name, field in type(search.space).model_fields.items()
+    }
+    return {path: axis for path, axis in sorted(stated.items()) if axis is not None}
+
+
+def place(search: Search, unit: Sequence[float]) -> dict[str, float]:
+    """The values at a point of the unit cube."""
+    return {path: value(axis, u) for (path, axis), u in zip(axes(search).items(), unit, strict=True)}
+
+
+def unit(search: Search, values: dict[str, float]) -> tuple[float, ...]:
+    """The point of the unit cube at which `values` lie, up to their rounding."""
+    return tuple(position(axis, values[path]) for path, axis in axes(search).items())
+
+
+def value(axis: Axis, u: float) -> float:
+    """At `u` in [0, 1] of the axis; within its box whatever the rounding."""
+    if axis.name == "exponential":
+        return _rounded(axis.options * 10 ** NORMAL.inv_cdf(min(max(u, 1e-9), 1 - 1e-9)))
+    low, high = axis.options
+    if axis.name == "uniform":
+        found = _rounded(low + u * (high - low))
+    elif axis.name == "log_uniform":
+        found = _rounded(low * (high / low) ** u)
+    else:
+        found = round(1 - _rounded((1 - low) * ((1 - high) / (1 - low)) ** u), 12)
+    return min(max(found, low), high)
+
+
+def position(axis: Axis, value: float) -> float:
+    """The inverse of `value`."""
+    if axis.name == "exponential":
+        return NORMAL.cdf(math.log10(value / axis.options))
+    low, high = axis.options
+    if axis.name == "uniform":
+        return (value - low) / (high - low)
+    if axis.name == "log_uniform":
+        return math.log(value / low) / math.log(high / low)
+    return math.log((1 - value) / (1 - low)) / math.log((1 - high) / (1 - low))
+
+
+def edges(search: Search, values: dict[str, float]) -> list[str]:
+    """A phrase for each axis on which the point lies at the edge of the box: the best may lie beyond."""
+    return [text for path, axis in axes(search).items() if (text := _edge(axis, path, values[path]))]
+
+
+def _edge(axis: Axis, path: str, value: float) -> str | None:
+    u = position(axis, value)
+    if axis.name == "exponential" or EDGE <= u <= 1 - EDGE:
+        return None
+    low, high = axis.options
+    return f"{path} {value:g} at the {'lower' if u < EDGE else 'upper'} edge of [{low:g}, {high:g}]"
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{FIGURES}g}")
