@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orchestrator.recipe import resolve
+from orchestrator.recipe import resolve, search_checks
 from orchestrator.recipe.choices import Choice
 from orchestrator.recipe.fields import at, model_in
 from orchestrator.recipe.messages import Finding, findings
@@ -18,6 +18,7 @@ from orchestrator.recipe.resolve import Point
 from orchestrator.recipe.scaling import optimizer_options, peak
 from orchestrator.recipe.schema import Base
 from orchestrator.recipe.study_schema import Recipe
+from orchestrator.search import space
 from strategies import CATALOGUE
 from strategies.contract import PlanError
 
@@ -27,12 +28,22 @@ MAX_TRIALS = 10_000
 def check(recipe: Recipe) -> list[Finding]:
     """Every mistake that the schema cannot see, each once, at the place in the recipe that brings it in."""
     found = [*_workers(recipe), *_strategies(recipe), *_size(recipe), *_grid_paths(recipe)]
+    found += search_checks.check(recipe)
     if not found:
-        for point in resolve.points(recipe):
+        for point in _settings(recipe):
             found += _point(recipe, point)
     if not found:
         found += _duplicates(recipe)
     return list({(f.path, f.message): f for f in found}.values())
+
+
+def _settings(recipe: Recipe) -> Iterator[Point]:
+    """All that is trained, and the corners of what Optuna may propose."""
+    yield from resolve.settings(recipe)
+    for point in resolve.points(recipe):
+        search = resolve.search_of(recipe, point.arm)
+        if search and search.method.name == "optuna":
+            yield from (point.at(space.place(search, [end] * len(space.axes(search)))) for end in (0.0, 1.0))
 
 
 def _workers(recipe: Recipe) -> Iterator[Finding]:
@@ -56,7 +67,8 @@ def _strategies(recipe: Recipe) -> Iterator[Finding]:
 
 def _size(recipe: Recipe) -> Iterator[Finding]:
     if resolve.size(recipe) > MAX_TRIALS:
-        yield Finding(("grid",), f"makes {resolve.size(recipe)} trials, expected at most {MAX_TRIALS}")
+        place = "search" if recipe.search else "arms" if any(arm.search for arm in recipe.arms.values()) else "grid"
+        yield Finding((place,), f"makes {resolve.size(recipe)} trials, expected at most {MAX_TRIALS}")
 
 
 def _grid_paths(recipe: Recipe) -> Iterator[Finding]:
@@ -65,18 +77,21 @@ def _grid_paths(recipe: Recipe) -> Iterator[Finding]:
         for inner in [p for p in paths if p.startswith(f"{path}.")]:
             yield Finding(("grid", inner), f"overlaps with {path}: put the values of both into one of the two")
     for arm in recipe.arms:
-        yield from (f for path in paths if (f := _unused_variant(recipe, arm, path)))
+        yield from (f for path in paths if (f := _unused_variant(recipe, arm, path, ("grid", path))))
+    for place, search, arms in search_checks.searches(recipe):
+        for path in space.axes(search):
+            yield from (f for a in arms if (f := _unused_variant(recipe, a, path, (*place, "space", path))))
 
 
-def _unused_variant(recipe: Recipe, arm: str, path: str) -> Finding | None:
-    """A grid path that leads through a variant which the arm does not use."""
+def _unused_variant(recipe: Recipe, arm: str, path: str, place: Path) -> Finding | None:
+    """A path that leads through a variant which the arm does not use."""
     data: Any = resolve.arm_data(recipe, arm)
     keys = path.split(".")
     for n, (key, inner) in enumerate(pairwise(keys), start=1):
         data = data.get(key, {})
         kind = model_in(at(Recipe, tuple(keys[:n])))
         if kind and issubclass(kind, Choice) and inner not in data:
-            return Finding(("grid", path), f"arm {arm} has {'.'.join(keys[:n])} {next(iter(data))}, not {inner}")
+            return Finding(place, f"arm {arm} has {'.'.join(keys[:n])} {next(iter(data))}, not {inner}")
     return None
 
 
@@ -116,9 +131,15 @@ def _origin(recipe: Recipe, point: Point, *paths: Path) -> Path:
     data = resolve.stated(recipe)
     dotted = [".".join(str(key) for key in path) for path in paths]
     in_grid: list[Path] = [("grid", axis) for axis in point.values for d in dotted if _overlap(axis, d)]
+    in_space: list[Path] = [(*way, "space", axis[1]) for axis in in_grid for way in _ways(point.arm)]
     in_arm: list[Path] = [("arms", point.arm, *path) for path in paths]
-    stated = [path for path in [*in_grid, *in_arm, *paths] if _holds(data, path)]
+    stated = [path for path in [*in_grid, *in_space, *in_arm, *paths] if _holds(data, path)]
     return stated[0] if stated else paths[0][:1]
+
+
+def _ways(arm: str) -> tuple[Path, Path]:
+    """Where a search may be stated."""
+    return ("arms", arm, "search"), ("search",)
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -136,7 +157,7 @@ def _holds(data: Any, path: Path) -> bool:
 def _duplicates(recipe: Recipe) -> Iterator[Finding]:
     """Points that make the same training: what differs between them does not enter the result."""
     seen: dict[str, Point] = {}
-    for point in resolve.points(recipe):
+    for point in resolve.settings(recipe):
         trial = resolve.trial_at(recipe, point, 0, lambda data: "", "fp32")
         first = seen.setdefault(trial.id, point)
         if first is not point and first.arm != point.arm:
