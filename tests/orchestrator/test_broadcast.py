@@ -30,7 +30,10 @@ def test_all_ranks_get_what_rank_0_reads() -> None:
     for got in run_workers(receive, 2, VALUE):
         assert got["state"] == VALUE["state"]
         assert got["weights"].keys() == VALUE["weights"].keys()
-        assert all(torch.equal(got["weights"][k], v) and got["weights"][k].dtype == v.dtype for k, v in VALUE["weights"].items())
+        assert all(
+            torch.equal(got["weights"][k], v) and got["weights"][k].dtype == v.dtype
+            for k, v in VALUE["weights"].items()
+        )
 
 
 def test_nothing_is_nothing_on_all_ranks() -> None:
