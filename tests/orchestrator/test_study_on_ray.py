@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,19 @@ class Running:
         seeds: str = "1",
         runs: str = "runs",
         cluster: str = "{workers: 2, timeout: 30}",
+        text: str = RECIPE,
+        env: dict[str, str] | None = None,
+        words: Sequence[str] = (),
     ):
         folder.mkdir(exist_ok=True)
         recipe = folder / f"{name}.yaml"
-        text = RECIPE.replace("NAME", name).replace("EPOCHS", str(epochs)).replace("SEEDS", seeds)
+        text = text.replace("NAME", name).replace("EPOCHS", str(epochs)).replace("SEEDS", seeds)
         recipe.write_text(text.replace("CLUSTER", cluster))
         self.study = folder / runs / name
         self.phases = folder / runs / ".phases"
-        command = [sys.executable, "-m", "orchestrator", "run", str(recipe), "-o", str(folder / runs)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "orchestrator", "run", str(recipe), "-o", str(folder / runs), *words]
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=os.environ | (env or {}), **pipes)
 
     def rows(self) -> list[dict[str, Any]]:
         files = list(self.study.glob("trials/*/metrics.jsonl"))
