@@ -268,6 +268,7 @@ class PhaseRun:
         self._ask("settle", self.state)
         self._judge_loss(row["train_loss"])
         if self._evaluates() and self.progress.status == "running":
+            self._ask("refresh", self.state, lambda n: self._train_batch(0, min(n, self.job.dataset.examples)))
             row |= evaluate(self.phase, self.net, self.state, self.job.dataset, self.worker)
         if self.job.target and self.job.target.stop and reached(self.job.target, row):
             self.progress.status = "done"

@@ -54,6 +54,9 @@ class Update:
         """Whether the phase ends with this step, before all of its steps are taken; alike on all ranks."""
         return False
 
+    def refresh(self, state: State, read: Callable[[int], Batch]) -> None:
+        """Before each evaluation: `read(n)` gives n training examples, alike on all ranks, or all if there are fewer."""
+
     def weights(self, state: State) -> Mapping[str, Tensor] | None:
         """The weights to evaluate and to keep, where they are not the network's own."""
         return None
@@ -187,6 +190,10 @@ class Backprop:
 
     def ended(self, state: State) -> bool:
         return any(update.ended(own) for update, own in zip(self.updates, state.saved["updates"], strict=True))
+
+    def refresh(self, state: State, read: Callable[[int], Batch]) -> None:
+        for update, own in zip(self.updates, state.saved["updates"], strict=True):
+            update.refresh(own, read)
 
     def finish(self, state: State) -> None:
         """The weights that stand for the result become the network's own."""

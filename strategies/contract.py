@@ -181,8 +181,9 @@ class Learner(Protocol):
     """Turns the micro-batches of one optimizer step into new weights: the bottom escape for what no other seam fits.
 
     A learner may also have `rate`, the schedule that rows show, where no metric "rate" tells it; `ended(state) -> bool`: the
-    phase ends with the step just taken, on all ranks alike; and `settle(state)`: before each row, on all ranks: make what the
-    network holds, and what is in `state.saved`, alike on all.
+    phase ends with the step just taken, on all ranks alike; `settle(state)`: before each row, on all ranks: make what the
+    network holds, and what is in `state.saved`, alike on all; and `refresh(state, read)`: before each evaluation, of which the
+    last step has one: `read(n)` gives n training examples, alike on all ranks, or all if there are fewer.
     """
 
     @property

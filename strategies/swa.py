@@ -1,17 +1,18 @@
 """Stochastic weight averaging: the equal average of late weights, in their place (Izmailov et al. 2018, arXiv 1803.05407).
 
-Weights enter after each step beyond `start`; until then the network's own are evaluated. Networks with batch norm are
-refused: the running statistics of averaged weights would have to be estimated anew from training data.
+Weights enter after each step beyond `start`; until then the network's own are evaluated. Running statistics of batch norms,
+which training left behind for other weights, are estimated anew over training examples before each evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from strategies.backprop import Update, amend
-from strategies.contract import Clock, Plan, PlanError, State, Strategy, Worker, option
+from strategies.batch_norm import reestimate, statistics, tracking
+from strategies.contract import Batch, Clock, Need, Plan, State, Strategy, Worker, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,20 +23,29 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Swa(Strategy):
     start: float = option(0.75, "share of the run after which weights are averaged; 1: never", ge=0, le=1)
+    examples: int = option(1024, "training examples, at most, over which batch norms' statistics are estimated", ge=2)
 
     def edit(self, plan: Plan) -> Plan:
-        return plan.map(lambda phase: amend(phase, self, updates=(LateAverage(self.start),)))
+        return plan.map(lambda phase: amend(phase, self, updates=(LateAverage(self.start, self.examples),)))
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    net: Net
+    worker: Worker
+    own: Mapping[str, Tensor]  # the network's parameters
 
 
 @dataclass(frozen=True, slots=True)
 class LateAverage(Update):
     start: float
+    examples: int = 1024
+    needs = Need.LAYER_WEIGHTS
 
     def init(self, net: Net, worker: Worker) -> State:
-        _refuse_running_statistics(net)
         own = dict(net.named_parameters())
-        average = {name: p.detach().clone() for name, p in own.items()}
-        return State({"averaged": 0, "average": average}, live=own)
+        average = {name: t.detach().clone() for name, t in (own | statistics(net)).items()}
+        return State({"averaged": 0, "average": average}, Live(net, worker, own))
 
     def after(self, state: State, clock: Clock) -> None:
         import torch
@@ -43,20 +53,14 @@ class LateAverage(Update):
         if clock.step + 1 <= self.start * clock.steps:
             return
         state.saved["averaged"] += 1
-        averages = [state.saved["average"][name] for name in state.live]
+        averages = [state.saved["average"][name] for name in state.live.own]
         with torch.no_grad():
-            torch._foreach_lerp_(averages, list(state.live.values()), 1 / state.saved["averaged"])
+            torch._foreach_lerp_(averages, list(state.live.own.values()), 1 / state.saved["averaged"])
+
+    def refresh(self, state: State, read: Callable[[int], Batch]) -> None:
+        live: Live = state.live
+        if state.saved["averaged"] and tracking(live.net):
+            reestimate(live.net, read(self.examples).x, live.worker, state.saved["average"])
 
     def weights(self, state: State) -> Mapping[str, Tensor] | None:
         return state.saved["average"] if state.saved["averaged"] else None
-
-
-def _refuse_running_statistics(net: Net) -> None:
-    from torch.nn.modules.batchnorm import _BatchNorm
-
-    names = [name for name, m in net.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if names:
-        raise PlanError(
-            f"swa averages weights, but the running statistics of {len(names)} batch norms ({names[0]}, ...) do not "
-            "follow: choose a model without batch norm, or leave swa out"
-        )

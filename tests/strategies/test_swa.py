@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from cluster.engines import make_worker
-from strategies.contract import PlanError, State
+from strategies.contract import Plan, PlanError, State
 from strategies.ema import Ema
 from strategies.swa import LateAverage, Swa
 from tests.strategies.by_hand import Vectors
 from tests.strategies.cases import with_batch_norm
-from tests.strategies.harness import baseline, train
+from tests.strategies.harness import Blobs, baseline, distance, train
 from tests.strategies.test_backprop import clock
 
 
@@ -52,8 +52,37 @@ def test_the_average_is_evaluated_and_kept(tmp_path: Path) -> None:
     assert [row["train_loss"] for row in plain.rows] == [row["train_loss"] for row in late.rows]
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_refusals() -> None:
     with pytest.raises(PlanError, match=r"Average\(half_life=1.0\) and LateAverage\(.* both average weights"):
         Swa().edit(Ema().edit(baseline()))
-    with pytest.raises(PlanError, match=r"running statistics of 1 batch norms \(stages.0.1"):
-        train(Swa().edit(with_batch_norm(baseline())), tmp_path)
+
+
+def normalised(start: float = 0.5, examples: int = 1024) -> Plan:
+    return Swa(start, examples).edit(with_batch_norm(baseline()))
+
+
+@pytest.mark.parametrize("examples", [20, 1024])
+def test_batch_norm_is_estimated_over_training_examples(examples: int, tmp_path: Path) -> None:
+    """What is kept holds, in batch norm, mean and variance of the averaged weights' activations; 48 examples are all."""
+    kept = train(normalised(examples=examples), tmp_path).weights
+    x = Blobs().train(0, min(examples, 48)).x
+    seen = x @ kept["stages.0.0.weight"].T + kept["stages.0.0.bias"]
+    assert torch.allclose(kept["stages.0.1.running_mean"], seen.mean(0), rtol=0, atol=1e-12)
+    assert torch.allclose(kept["stages.0.1.running_var"], seen.var(0, correction=0), rtol=0, atol=1e-12)
+
+
+def test_batch_norm_does_not_disturb_training(tmp_path: Path) -> None:
+    """The network's own statistics, which are evaluated until averaging starts, are left as training makes them."""
+    usual = train(with_batch_norm(baseline()), tmp_path / "usual")
+    late = train(normalised(8 / 12), tmp_path / "late")
+    assert [row["train_loss"] for row in usual.rows] == [row["train_loss"] for row in late.rows]
+    assert [row.get("test_loss") for row in usual.rows[:8]] == [row.get("test_loss") for row in late.rows[:8]]
+    assert distance(train(normalised(1.0), tmp_path / "never"), usual) == 0
+
+
+def test_resumed_with_batch_norm(tmp_path: Path) -> None:
+    unbroken = train(normalised(), tmp_path / "unbroken")
+    data = Blobs(fail_at=9 * 12)
+    with pytest.raises(InterruptedError):
+        train(normalised(), tmp_path / "broken", data, save_seconds=0)
+    assert distance(train(normalised(), tmp_path / "broken", data, save_seconds=0), unbroken) == 0
