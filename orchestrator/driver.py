@@ -19,6 +19,7 @@ from cluster.policies import FailurePolicy
 from cluster.tasks import ClusterError, Done, Failed, Gang, Lost, Outcome, Task
 from cluster.torchrun import blame
 from orchestrator import wandb_mirror
+from orchestrator.environment import redact
 from orchestrator.files import Tail, write_json
 from orchestrator.launch import Launcher
 from orchestrator.plan import check_plans
@@ -28,6 +29,7 @@ from orchestrator.run_trial import Assignment, failure, run_trial
 from orchestrator.shipment import shipment
 from orchestrator.signals import TERMINATED, Signals, Stopped
 from orchestrator.study import Study
+from orchestrator.terminal import say
 from orchestrator.trial import Trial
 
 OK, USAGE, SOME_FAILED = 0, 2, 3  # exit codes; those of signals are in signals.py
@@ -129,7 +131,7 @@ class Driver:
                 self._tick()
                 self._poll()
         except ClusterError as error:
-            print(f"bigbatch: {error}", file=sys.stderr)
+            say(f"bigbatch: {error}")
             return USAGE
         except Stopped:
             pass
@@ -153,7 +155,7 @@ class Driver:
         if run.attempts == 1:
             folder = self.store.trial(run.trial.id)
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "config.json", config(run.trial))
+            write_json(folder / "config.json", redact(config(run.trial)))
         gang.start(self._task(run.trial))
         self.store.journal("trial_started", trial=run.trial.id, attempt=run.attempts, gang=gang.name)
 
@@ -204,20 +206,22 @@ class Driver:
         self._commit(run, result | {"attempts": run.attempts})
 
     def _commit(self, run: Run, result: dict[str, Any]) -> None:
-        self.waiting += map(Run, self.study.commit(run.trial, result))
+        called_for = self.study.commit(run.trial, result)
         self.store.journal("trial_ended", trial=run.trial.id, status=result["status"])
         self.counts[result["status"]] += 1
+        if not (self.fail_fast and self.counts["failed"]):
+            self.waiting += map(Run, called_for)
         self.view.ended(result, self.status())
 
     def _lost(self, run: Run, outcome: Failed | Lost) -> None:
         reason = outcome.reason if isinstance(outcome, Lost) else f"{outcome.kind}: {outcome.message}"
         self.store.journal("worker_lost", trial=run.trial.id, rank=outcome.rank, reason=reason, attempt=run.attempts)
         if run.life.state is State.RESUMING:
-            print(f"{run.trial.id}: rank {outcome.rank} was lost ({reason}); a new gang goes on", file=sys.stderr)
+            say(f"{run.trial.id}: rank {outcome.rank} was lost ({reason}); a new gang goes on")
 
     def _failed(self, run: Run, outcome: Failed | Lost) -> None:
         folder, cause = self.store.trial(run.trial.id), one_line(outcome, run.life.hint)
-        write_json(folder / "error.json", asdict(outcome) | {"hint": run.life.hint})
+        write_json(folder / "error.json", redact(asdict(outcome) | {"hint": run.life.hint}))
         blame(f"trial {run.trial.id}: {cause}; log: {folder}/logs/rank_{outcome.rank}.log")
         self._commit(run, failure(run.trial, cause))
         if self.fail_fast:
