@@ -25,6 +25,7 @@ __all__ = ["RayGang", "capacity", "connect", "disconnect"]
 
 START_LIMIT = 120.0  # seconds for a gang to be placed and joined
 GRACE = 1.0  # seconds for other ranks to report after one has failed
+NODE_GRACE = 5.0  # seconds for Ray to notice that a node has gone, after ranks have lost a peer
 STOP_LIMIT = 3.0  # seconds for killed processes to be gone
 
 remote: Any = ray.remote  # its type hints leave out concurrency groups
@@ -150,7 +151,8 @@ class RayGang:
         if self.lost:
             return self.lost
         failures = [report for report in self.reports.values() if isinstance(report, Failed)]
-        if failures and (not self.waiting or time.monotonic() - (self.failed_at or 0) > GRACE):
+        grace = NODE_GRACE if all(failed.lost_peer for failed in failures) else GRACE
+        if failures and (not self.waiting or time.monotonic() - (self.failed_at or 0) > grace):
             return self._failure(root_cause(failures))
         if len(self.reports) == self.size and not failures:
             return self.reports[0]
