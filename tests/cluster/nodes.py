@@ -63,7 +63,7 @@ class Nodes:
         self.address = self.cluster.address
 
     def add(self, cpus: int = 1) -> Any:
-        args = {"num_cpus": cpus, "object_store_memory": 80 * 2**20, "wait": False}
+        args = {"num_cpus": cpus, "object_store_memory": 80 * 2**20}
         return elsewhere(self.hidden, lambda: self.cluster.add_node(**args))
 
     def remove(self, node: Any) -> None:
