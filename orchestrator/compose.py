@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from cluster.engines import OFFERS
+from cluster.engines import OFFERS, variant
 from orchestrator.recipe import scaling, schema, workload_schema
 from orchestrator.trial import Trial
 from orchestrator.workloads import build_network
@@ -24,7 +24,7 @@ def compose(trial: Trial, examples: int) -> Plan:
                 f"{name} scales the rate itself, but base.rate.scale is {trial.base.rate.scale}: leave it out"
             )
         plan = CATALOGUE[name](**options).edit(plan)
-    check(plan, trial.engine.name)
+    check(plan, variant(trial.engine.name, trial.engine.options.model_dump()))
     return plan
 
 
@@ -45,6 +45,8 @@ def _base_phase(trial: Trial, examples: int) -> Phase:
     base, workers = trial.base, trial.cluster.workers
     if workers == 1 and trial.compression:
         raise PlanError("engine: ddp: compression needs 2 workers or more, cluster.workers is 1: leave it out")
+    if trial.engine.deepspeed and trial.precision == "fp64":
+        raise PlanError("engine deepspeed keeps weights in float32, precision is fp64: write fp32 or bf16, or engine ddp")
     if base.batch < workers:
         raise PlanError(
             f"base.batch is {base.batch}, but each of {workers} workers needs an example: take fewer workers"

@@ -133,7 +133,7 @@ class Backprop:
         optimizer = self.optimizer(net)
         updates = [update.init(net, worker) for update in self.updates]
         model = worker.prepare(net, optimizer, open_model=Need.OPEN_MODEL in self.needs)
-        saved = {"net": net, "optimizer": optimizer, "updates": updates, "engine": worker.memory}
+        saved = {"net": net, "optimizer": worker.whole(optimizer), "updates": updates, "engine": worker.memory}
         return State(saved, Live(net, model, optimizer, worker))
 
     def step(self, state: State, batches: Sequence[Batch], clock: Clock) -> Metrics:

@@ -47,6 +47,7 @@ class Need(Flag):
     LAYER_GRADS = auto()  # whole gradients of whole layers: no ZeRO sharding
     OPEN_MODEL = auto()  # submodules, or several backwards per micro-batch: no DDP wrapper
     EDIT_WEIGHTS = auto()  # writes weights after a step: no separate master weights
+    LAYER_WEIGHTS = auto()  # reads whole weights after a step: no ZeRO 3
     ROLES = auto()  # workers hold different modules and exchange tensors
 
 
@@ -130,8 +131,11 @@ class Worker(Protocol):
     def prepare(self, net: Net, optimizer: Optimizer, open_model: bool) -> nn.Module:
         """The module to call in training: wrapped so that gradients are averaged, unless `open_model`."""
 
+    def whole(self, optimizer: Optimizer) -> Any:
+        """What stands for a prepared optimizer in checkpoints: its state_dict is whole, as one worker alone has it."""
+
     def settle(self) -> None:
-        """Before a checkpoint: make `memory` alike on all workers, so that rank 0's is that of all."""
+        """Before evaluation and checkpoints, on all workers: weights, optimizer state and `memory` whole and alike."""
 
     def micro(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of one micro-batch: workers synchronise in the `last` one of a step only."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from strategies.backprop import Update, amend
-from strategies.contract import Clock, Plan, State, Strategy, Worker, option
+from strategies.contract import Clock, Need, Plan, State, Strategy, Worker, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,7 @@ class Ema(Strategy):
 @dataclass(frozen=True, slots=True)
 class Average(Update):
     half_life: float = 1.0
+    needs = Need.LAYER_WEIGHTS
 
     def init(self, net: Net, worker: Worker) -> State:
         own = dict(net.named_parameters())

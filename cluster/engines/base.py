@@ -51,6 +51,9 @@ class ProcessWorker:
     def prepare(self, net: Net, optimizer: Optimizer, open_model: bool) -> nn.Module:
         return net
 
+    def whole(self, optimizer: Optimizer) -> Any:
+        return optimizer
+
     def settle(self) -> None:
         """Make `memory` alike on all workers."""
 

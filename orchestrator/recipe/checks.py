@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from orchestrator.recipe import resolve, search_checks
 from orchestrator.recipe.choices import Choice
+from orchestrator.recipe.deepspeed_schema import mistakes
 from orchestrator.recipe.fields import at, model_in
 from orchestrator.recipe.messages import Finding, findings
 from orchestrator.recipe.problems import Path
@@ -27,7 +28,7 @@ MAX_TRIALS = 10_000
 
 def check(recipe: Recipe) -> list[Finding]:
     """Every mistake that the schema cannot see, each once, at the place in the recipe that brings it in."""
-    found = [*_workers(recipe), *_strategies(recipe), *_size(recipe), *_grid_paths(recipe)]
+    found = [*_workers(recipe), *_extra(recipe), *_strategies(recipe), *_size(recipe), *_grid_paths(recipe)]
     found += search_checks.check(recipe)
     if not found:
         for point in _settings(recipe):
@@ -52,6 +53,12 @@ def _workers(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(("cluster", "workers"), f"engine solo is one worker, got {workers}: use engine ddp, or 1 worker")
     if workers > 1 and recipe.cluster.launcher == "solo":
         yield Finding(("cluster", "launcher"), f"solo starts one worker, but workers is {workers}: use auto or gang")
+
+
+def _extra(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.engine.deepspeed:
+        for path, message in mistakes(recipe.engine.deepspeed.extra):
+            yield Finding(("engine", "deepspeed", "extra", *path), message, of_key=True)
 
 
 def _strategies(recipe: Recipe) -> Iterator[Finding]:
