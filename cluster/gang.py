@@ -167,7 +167,7 @@ class RayGang:
     def _failure(self, cause: Failed) -> Outcome:
         """Before there is a process group, nothing of the task has run: a port taken, a network away, are the cluster's."""
         if self.startup_seconds is None:
-            return Lost(cause.rank, f"no process group: {cause.kind}: {cause.message} ({cause.where})")
+            return Lost(cause.rank, f"no process group: {cause.kind}: {cause.message}")
         if cause.lost_peer and self.waiting:  # a rank that is still at it let a collective time out
             stacks.ask(self.processes)
         return cause

@@ -222,8 +222,10 @@ class Driver:
     def _failed(self, run: Run, outcome: Failed | Lost) -> None:
         folder, cause = self.store.trial(run.trial.id), one_line(outcome, run.life.hint)
         write_json(folder / "error.json", redact(asdict(outcome) | {"hint": run.life.hint}))
-        blame(f"trial {run.trial.id}: {cause}; log: {folder}/logs/rank_{outcome.rank}.log")
+        log = folder / "logs" / f"rank_{outcome.rank}.log"
+        blame(f"trial {run.trial.id}: {cause}; log: {log}")
         self._commit(run, failure(run.trial, cause))
+        print(f"  trial {run.trial.id}; log: {log}", file=sys.stderr)
         if self.fail_fast:
             self.waiting.clear()
 
