@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: study test test-all check setup clean
+.PHONY: study test test-all soak check setup clean
 
 study: $(READY)
 	$(BIN)/bigbatch run recipes/quickstart.yaml
@@ -14,6 +14,11 @@ test: $(READY)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -m "not gpu" --timeout 3600
+
+# About an hour on two idle cores; fewer: make soak KILLS=20
+KILLS ?= 200
+soak: $(READY)
+	$(BIN)/python -m benchmarks.soak --kills $(KILLS)
 
 check: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
