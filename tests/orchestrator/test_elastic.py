@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -59,10 +60,8 @@ def train_until(worker: Any, trial: Trial, folder: Path, stop: int | None) -> Se
         return batch
 
     PhaseRun._step, PhaseRun._mapped = watched_step, watched_batch  # type: ignore[method-assign,assignment]
-    try:
+    with contextlib.suppress(InterruptedError):
         run_trial(worker, Assignment(trial, folder / trial.id, folder / "phases"))
-    except InterruptedError:
-        pass
     return seen
 
 
