@@ -39,13 +39,36 @@ def naive(data: Arrays, position: int, augment: Augment) -> np.ndarray:
     if pad := augment.crop:
         down, right = (uniform(SEED, "crop", place, 2)[0] * (2 * pad + 1)).long().tolist()
         _, h, w = x.shape
-        x = np.pad(x, ((0, 0), (pad, pad), (pad, pad)))[:, down : down + h, right : right + w]
-    if augment.flip and uniform(SEED, "flip", place)[0, 0] < 0.5:
+        mode: Any = "reflect" if augment.pad == "reflect" else "constant"
+        x = np.pad(x, ((0, 0), (pad, pad), (pad, pad)), mode)[:, down : down + h, right : right + w]
+    if augment.flip and mirrored(data, position, augment):
         x = x[..., ::-1]
     return (x / 255 - np.reshape(data.mean, (-1, 1, 1))) / np.reshape(data.std, (-1, 1, 1))
 
 
-@pytest.mark.parametrize("augment", [Augment(), Augment(crop=3), Augment(flip=True), BOTH])
+def mirrored(data: Arrays, position: int, augment: Augment) -> bool:
+    n = len(data.train_x)
+    if augment.flip == "alternating":
+        example = torch.from_numpy(order.indices(SEED, position, position + 1, n))
+        return bool(uniform(SEED, "flip", example)[0, 0] < 0.5) != bool(position // n % 2)
+    return bool(uniform(SEED, "flip", torch.tensor([position]))[0, 0] < 0.5)
+
+
+AIRBENCH = Augment(crop=2, pad="reflect", flip="alternating")
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        Augment(),
+        Augment(crop=3),
+        Augment(crop=5, pad="reflect"),
+        Augment(flip=True),
+        Augment(flip="alternating"),
+        BOTH,
+        AIRBENCH,
+    ],
+)
 @pytest.mark.parametrize("shape", [(3, 6, 10), (1, 8, 8)])
 def test_batches_equal_the_definition(augment: Augment, shape: tuple[int, ...]) -> None:
     batch = dataset(augment, shape=shape).train(25, 95)  # over two ends of epochs
@@ -56,14 +79,36 @@ def test_batches_equal_the_definition(augment: Augment, shape: tuple[int, ...]) 
     assert batch.x.is_contiguous(memory_format=torch.channels_last) and batch.x.dtype == torch.float64
 
 
+@pytest.mark.parametrize("augment", [BOTH, AIRBENCH])
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_augmentation_is_the_same_for_any_split(world: int) -> None:
-    data = dataset()
+def test_augmentation_is_the_same_for_any_split(world: int, augment: Augment) -> None:
+    data = dataset(augment)
     whole = data.train(0, 61)
     shares = [order.share(0, 61, rank, world) for rank in range(world)]
     pieces = [data.train(a, b) for start, stop in shares for a, b in order.micro(start, stop, 7)]
     for field in ("x", "y", "position"):
         assert torch.equal(torch.cat([getattr(piece, field) for piece in pieces]), getattr(whole, field))
+
+
+def test_alternating_flips_show_each_side_once_in_two_epochs() -> None:
+    data, plain = dataset(Augment(flip="alternating")), dataset(Augment()).first(40).x
+    sides = []
+    for epoch in range(4):
+        places = torch.from_numpy(order.indices(SEED, epoch * 40, (epoch + 1) * 40, 40))
+        seen = torch.empty_like(plain)
+        seen[places] = data.train(epoch * 40, (epoch + 1) * 40).x
+        sides.append([torch.equal(a, b) for a, b in zip(seen, plain, strict=True)])
+    assert sides[0] == sides[2] == [not side for side in sides[1]] == [not side for side in sides[3]]
+    assert 10 < sum(sides[0]) < 30
+
+
+def test_first_examples_are_neither_augmented_nor_reordered() -> None:
+    data, plain = dataset(AIRBENCH), dataset(Augment())
+    assert torch.equal(data.first(7).x, plain.first(40).x[:7]) and data.first(7).position.tolist() == list(range(7))
+    place = int(np.flatnonzero(order.indices(SEED, 0, 40, 40) == 3)[0])
+    assert torch.equal(plain.train(place, place + 1).x[0], data.first(4).x[3])
+    assert data.first(7).y.tolist() == arrays().train_y[:7].tolist()
+    assert len(data.first(1000)) == 40 == len(data.first(1000).position)
 
 
 def test_crops_and_flips_take_every_value_equally_often() -> None:
@@ -113,6 +158,12 @@ def test_flat_data() -> None:
         DataError, match=r"augment: crop and flip need images, this data set has inputs of shape \(4,\)"
     ):
         Dataset(flat, Augment(flip=True), SEED, CPU, torch.float64)
+
+
+def test_a_reflected_rim_needs_what_it_reflects() -> None:
+    with pytest.raises(DataError, match=r"pad: reflect: crop 6 needs larger images than \(6, 10\)"):
+        dataset(Augment(crop=6, pad="reflect"))
+    dataset(Augment(crop=6)), dataset(Augment(pad="reflect"))
 
 
 def test_making_batches_leaves_the_data_set_as_it_was() -> None:

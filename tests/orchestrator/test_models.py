@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.recipe.workload_schema import Network
 from orchestrator.workloads import build_network
@@ -96,6 +97,31 @@ def test_gamma_zero_start(depth: int) -> None:
     assert (net(x) - logits).abs().max() < 1e-12
 
 
+def test_airbench() -> None:
+    """Parameters and floating-point operations as in the paper's network; sides of its maps; norms without learnt scale."""
+    net = build_network(RGB, 10, "airbench", widths=[64, 256, 256])
+    assert count(net) == 1_972_792 and len(net.stages) == 4
+    frozen = [name for name, p in net.named_parameters() if not p.requires_grad]
+    assert len(frozen) == 6 and all(bool((net.get_parameter(name) == 1).all()) for name in frozen)
+    x = torch.randn(2, *RGB, generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        net(x).sum().backward()
+    assert counter.get_total_flops() / 2 == pytest.approx(0.708e9, rel=1e-3)
+    sides, seen = [], x
+    for stage in net.stages:
+        seen = stage(seen)
+        sides.append(tuple(seen.shape[1:]))
+    assert sides == [(24, 31, 31), (64, 15, 15), (256, 7, 7), (256, 3, 3)]
+    assert torch.allclose(net.head(net.pool(seen)), seen.amax((2, 3)) @ net.head[0].weight.T / 9, atol=1e-6)
+
+
+def test_airbench_on_other_images() -> None:
+    assert build_network((1, 9, 12), 10, "airbench", widths=[4, 8, 8])(torch.randn(3, 1, 9, 12)).shape == (3, 10)
+    with pytest.raises(PlanError, match=r"needs images of 9 pixels a side or more, the data have shape \(1, 8, 8\)"):
+        build_network((1, 8, 8), 10, "airbench", widths=[4, 8, 8])
+    assert build_network((1, 8, 8), 10, "airbench", widths=[4, 8])(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+
+
 def test_he_normal() -> None:
     torch.manual_seed(0)
     net = build_network(RGB, 10, "vgg", depth=11, width=64)
@@ -110,6 +136,7 @@ def test_flat_data_need_an_mlp() -> None:
         ("small_cnn", {"width": 4, "batch_norm": True}),
         ("resnet", {"depth": 8}),
         ("vgg", {"depth": 11, "width": 4}),
+        ("airbench", {"widths": [4]}),
     ):
         with pytest.raises(PlanError, match=rf"model {name} needs images .* shape \(64,\): use mlp"):
             build_network((64,), 10, name, **options)

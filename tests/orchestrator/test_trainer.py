@@ -15,7 +15,7 @@ from torch import nn
 
 from cluster.engines import make_worker
 from orchestrator.recipe.workload_schema import Interval, Target
-from strategies.contract import ModelSpec, Plan
+from strategies.contract import Batch, ModelSpec, Plan
 from strategies.net import Net
 from strategies.optimizers import AdamW
 from strategies.rate import Rate
@@ -37,6 +37,25 @@ def test_phases_follow_each_other(tmp_path: Path) -> None:
     assert [row["step"] for row in trained.rows] == list(range(1, 13))
     assert [row["phase"] for row in trained.rows] == [0] * 8 + [1] * 4
     assert trained.progress.status == "done" and trained.progress.examples == 144
+
+
+def set_from_data(net: Net, read: Callable[[int], Batch]) -> None:
+    nn.init.constant_(net.head.bias, read(5).x.mean().item())  # type: ignore[arg-type]
+
+
+def seen_doubled(batch: Batch, net: Net) -> Batch:
+    return dataclasses.replace(batch, x=2 * batch.x)
+
+
+def test_initialise_sets_the_weights_of_a_phase_that_takes_none_over(tmp_path: Path) -> None:
+    """From the first examples as the phase sees them; the second phase goes on from the first one's weights."""
+    still = dataclasses.replace(two_phases().phases[0].learner, rate=Rate(0.0))  # type: ignore[type-var]
+    phases = [dataclasses.replace(p, learner=still, source=seen_doubled) for p in two_phases().phases]
+    first, second = (dataclasses.replace(p, initialise=(set_from_data,)) for p in phases)
+    expected = [2 * Blobs().x[:5].mean().item()] * 3
+    assert train(Plan((first,)), tmp_path / "one").weights["head.bias"].tolist() == pytest.approx(expected, abs=1e-15)
+    kept = train(Plan((phases[0], second)), tmp_path / "two").weights["head.bias"].tolist()
+    assert kept == train(Plan((phases[0],)), tmp_path / "none").weights["head.bias"].tolist() != expected
 
 
 def test_a_shared_phase_is_trained_once_and_changes_nothing(tmp_path: Path) -> None:

@@ -33,6 +33,13 @@ def plan(size: int | None = None, statistics: str = "mean") -> Plan:
     return GhostBatchNorm(size, statistics).edit(plain) if size else plain  # type: ignore[arg-type]
 
 
+def test_a_scale_that_is_not_learnt_stays_so() -> None:
+    norm = nn.BatchNorm1d(3)
+    norm.weight.requires_grad_(False)
+    (ghost,) = split(Net([norm]), 2, True).stages
+    assert [p.requires_grad for p in ghost.parameters()] == [False, True]
+
+
 def differ(a: Trained, b: Trained, statistics: bool) -> float:
     keys = [k for k in a.weights if ("running" in k or "tracked" in k) == statistics]
     return max(float((a.weights[k].double() - b.weights[k].double()).abs().max()) for k in keys)
@@ -87,7 +94,7 @@ def test_running_statistics_by_hand() -> None:
     state = update.init(mean, worker())  # type: ignore[arg-type]
     mean(X[:2])
     mean(X[2:])
-    update.after(state, clock())
+    update.before(state, clock())
     layer = mean.stages[0]
     assert layer.running_mean[0].item() == pytest.approx(0.1 * 3.5, abs=1e-14)
     assert layer.running_var[0].item() == pytest.approx(0.9 + 0.1 * 10, abs=1e-14)
