@@ -79,6 +79,15 @@ def open_study(path: Path, sets: list[str] | None, allow_code: bool, output: Pat
     return Study(recipe, path.read_text(encoding="utf-8"), output)
 
 
+def caution(path: Path, sets: list[str] | None) -> None:
+    """Tells on stderr what the user should know of a sound recipe."""
+    from orchestrator.fairness import unfair
+    from orchestrator.recipe import cautions
+
+    for problem in cautions(path, sets or (), unfair):
+        say(str(problem))
+
+
 def import_also_from(folders: list[str]) -> None:
     """Modules in these folders are found by this process and by those that it starts. So are our own packages, also where
     the current folder holds folders of their names: an editable install alone would lose against those."""
@@ -101,6 +110,7 @@ def run(
     with plain_errors():
         study = open_study(recipe, set_, allow_code, output)
         if dry_run:
+            caution(recipe, set_)
             return print_plan(study, False)
         from orchestrator.driver import drive
 
@@ -114,6 +124,7 @@ def validate(recipe: RecipePath, set_: Sets = None, allow_code: AllowCode = Fals
         from orchestrator.plan import check_plans
 
         study = open_study(recipe, set_, allow_code)
+        caution(recipe, set_)
         count = check_plans(study.recipe)
         say(f"{recipe}: ok, {count} trials")
 
@@ -128,7 +139,9 @@ def plan(
 ) -> None:
     """What a run would do: trials, batch arithmetic, phases, needs against offers, what is done already."""
     with plain_errors():
-        print_plan(open_study(recipe, set_, allow_code, output), as_json)
+        study = open_study(recipe, set_, allow_code, output)
+        caution(recipe, set_)
+        print_plan(study, as_json)
 
 
 def print_plan(study: Any, as_json: bool) -> None:

@@ -23,7 +23,7 @@ from orchestrator.tuning import resolve_precision
 from orchestrator.workloads import fingerprint, load
 
 # Keys that change no result: they may differ from one run of a study to the next.
-FREE = ("cluster", "tracking", "speed", "checkpoint")
+FREE = ("cluster", "tracking", "speed", "checkpoint", "unfair")
 # Keys that may only grow, of the base and of each arm's.
 GROWING = ("base.epochs", "base.steps", "search.points", "search.winners")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path as FilePath
 from typing import Any
@@ -29,6 +29,18 @@ def load(path: str | PathLike[str], overrides: Sequence[str] = (), allow_code: b
 
 def loads(text: str | bytes, file: str, overrides: Sequence[str] = (), allow_code: bool = False) -> Recipe:
     """As `load`, for text that is at hand; `file` is its name in messages."""
+    return _checked(text, file, overrides, allow_code)[0]
+
+
+def cautions(
+    path: str | PathLike[str], overrides: Sequence[str], judge: Callable[[Recipe], Iterable[Finding]]
+) -> list[Problem]:
+    """What `judge` finds in a recipe that can be used, each finding with its place. Raises RecipeError if it cannot."""
+    recipe, document = _checked(_bytes(path), str(path), overrides, allow_code=True)
+    return _problems(judge(recipe), document)
+
+
+def _checked(text: str | bytes, file: str, overrides: Sequence[str], allow_code: bool) -> tuple[Recipe, Document]:
     document = read(text, file)
     if document.problems and document.data is None:
         raise RecipeError(document.problems)
@@ -40,7 +52,7 @@ def loads(text: str | bytes, file: str, overrides: Sequence[str] = (), allow_cod
     semantic = [*_code(recipe, allow_code), *check(recipe)]
     if semantic:
         raise RecipeError(_problems(semantic, document))
-    return recipe
+    return recipe, document
 
 
 def validate_structure(data: Any) -> list[ErrorDetails]:

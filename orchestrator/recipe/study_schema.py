@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
 from orchestrator.recipe.choices import Choice, Count, Model, Name, Positive
@@ -36,6 +36,9 @@ Distinct = Annotated[
 ]
 
 
+Reason = Annotated[str, StringConstraints(min_length=1, max_length=500, pattern=r"\S")]
+
+
 class Arm(Model):
     """One combination that the study compares with others."""
 
@@ -63,4 +66,8 @@ class Recipe(Model):
     seeds: Positive | Distinct = Field(default=1, description="how many (3: seeds 0, 1, 2), or which")
     tracking: Tracking = Tracking()
     checkpoint: Checkpoint = Checkpoint()
+    unfair: Reason | None = Field(
+        default=None,
+        description="why LARS or LAMB stand without equally tuned nesterov and adamw arms; the report tells it",
+    )
     log_steps: Positive = Field(default=50, description="optimizer steps between rows of metrics.jsonl")

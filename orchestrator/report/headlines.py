@@ -36,7 +36,7 @@ def notices(summary: Summary) -> list[str]:
     failed = sum(r.failed for r in results)
     partial = f"partial: {len(results)} of {planned} trials have a result."
     left_out = f"{failed} of {planned} trials failed and {'is' if failed == 1 else 'are'} left out of all figures."
-    return [partial] * (len(results) < planned) + [left_out] * (failed > 0) + edges(summary)
+    return [partial] * (len(results) < planned) + [left_out] * (failed > 0) + [*summary.study.cautions] + edges(summary)
 
 
 def edges(summary: Summary) -> list[str]:

@@ -11,7 +11,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
 
+from orchestrator.fairness import has_layerwise, unfair
 from orchestrator.files import Damaged, printable, read_json, read_lines
+from orchestrator.recipe import Recipe
 
 
 def as_text(value: Any) -> str:
@@ -84,6 +86,8 @@ class Study:
     planned: int  # trials, with those that have no result
     env: dict[str, Any]
     recipe: str
+    layerwise: bool = False  # whether LARS or LAMB are among the arms
+    cautions: tuple[str, ...] = ()  # of the recipe, or the reason that it gives instead
 
     @property
     def arms(self) -> list[str]:
@@ -128,7 +132,19 @@ def load(path: Path, trials: Sequence[str] | None) -> Study:
         name=printable(str(resolved.get("study") or path.resolve().name)),
         env=_optional_json(path / "env.json"),
         recipe=_optional_text(path / "recipe.yaml"),
+        **_fairness(resolved),
     )
+
+
+def _fairness(resolved: dict[str, Any]) -> dict[str, Any]:
+    """What the rule of equal tuning says; nothing of a recipe in another version's words."""
+    try:
+        recipe = Recipe.model_validate(resolved)
+    except ValidationError:
+        return {}
+    told = [printable(finding.message) for finding in unfair(recipe)]
+    reason = [f"Tuned unequally by intent: {printable(recipe.unfair)}"] if recipe.unfair else []
+    return {"layerwise": has_layerwise(recipe), "cautions": tuple(told + reason)}
 
 
 def _place(arm: str, arms: list[str]) -> tuple[int, str]:

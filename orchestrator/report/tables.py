@@ -45,8 +45,9 @@ def _arm_rows(summary: Summary, cells: list[Cell]) -> list[dict[str, Any]]:
 
 def _cell_row(summary: Summary, cell: Cell) -> dict[str, Any]:
     row: dict[str, Any] = {"arm": cell.arm, "batch": cell.batch, "seeds": len(cell.trials)}
-    if summary.searched:
-        row |= {"settings tried": cell.settings, "best setting": setting(cell)}
+    if summary.searched or summary.study.layerwise:
+        tried = sum((r.arm, r.batch) == (cell.arm, cell.batch) for r in summary.study.results)
+        row |= {"trials": tried, "settings tried": cell.settings, "best setting": setting(cell)}
     if summary.target:
         low, high = wilson(cell.hits, len(cell.trials))
         row |= {"reached": f"{cell.hits} of {len(cell.trials)}", "hit rate, 95 % interval": f"{low:.2f}-{high:.2f}"}
