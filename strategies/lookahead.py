@@ -36,7 +36,7 @@ class SlowWeights(Update):
     every: int
     alpha: float
     power: float
-    needs = Need.EDIT_WEIGHTS
+    needs = Need.EDIT_WEIGHTS | Need.LAYER_WEIGHTS
 
     def init(self, net: Net, worker: Worker) -> State:
         own = {name: t for name, t in net.state_dict(keep_vars=True).items() if t.is_floating_point()}
