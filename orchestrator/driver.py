@@ -162,7 +162,8 @@ class Driver:
     def _task(self, trial: Trial) -> Task:
         directory, phases = self.store.trial(trial.id).resolve(), self.study.phases.resolve()
         files = shipment(trial, directory, phases)
-        assignment = Assignment(trial, directory, phases, data=files.constant[0] if files.constant else None)
+        data, deadlines = files.constant[0] if files.constant else None, self.study.deadlines(trial)
+        assignment = Assignment(trial, directory, phases, data, deadlines)
         engine, cluster = trial.engine, trial.cluster
         return Task(
             run_trial, assignment, engine.name, engine.options.model_dump(), trial.precision, cluster.threads, files
@@ -209,9 +210,16 @@ class Driver:
         called_for = self.study.commit(run.trial, result)
         self.store.journal("trial_ended", trial=run.trial.id, status=result["status"])
         self.counts[result["status"]] += 1
-        if not (self.fail_fast and self.counts["failed"]):
-            self.waiting += map(Run, called_for)
+        for trial in called_for:
+            self._take(trial)
         self.view.ended(result, self.status())
+
+    def _take(self, trial: Trial) -> None:
+        """A trial that a search has come to call for; it may be on file from an earlier form of the recipe."""
+        if self.study.done(trial):
+            self.counts[self.store.result(trial.id)["status"]] += 1  # type: ignore[index]
+        elif not (self.fail_fast and self.counts["failed"]):
+            self.waiting.append(Run(trial))
 
     def _lost(self, run: Run, outcome: Failed | Lost) -> None:
         reason = outcome.reason if isinstance(outcome, Lost) else f"{outcome.kind}: {outcome.message}"

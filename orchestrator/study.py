@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.environment import describe
+from orchestrator.environment import describe, redact, redact_text
 from orchestrator.files import Damaged, write_atomic, write_json
 from orchestrator.recipe import Recipe, dump, resolved
 from orchestrator.results import Deadline, outcome
@@ -89,8 +89,9 @@ class Study:
         known = set(self.stages.cell_of)
         if not (cell.search and self.stages.update([cell])):
             return []
+        self.adopt([new for new in self.trials if new.id not in known])  # trained for an earlier form of the recipe
         self._list_trials()
-        return [trial for trial in self.trials if trial.id not in known]
+        return [new for new in self.trials if new.id not in known]
 
     def deadlines(self, trial: Trial) -> tuple[Deadline, ...]:
         """By when the trial has to have reached what, lest its search gives it up."""
@@ -102,7 +103,7 @@ class Study:
         """Raises Changed if a result on file would not answer for this recipe, Damaged if that cannot be told."""
         path = self.store.directory / "resolved.yaml"
         if path.exists():
-            lines = list(differences(decisive(_read_resolved(path)), decisive(resolved(self.recipe))))
+            lines = list(differences(decisive(_read_resolved(path)), decisive(redact(resolved(self.recipe)))))
             if lines:
                 raise Changed("\n".join(lines))
 
@@ -115,24 +116,24 @@ class Study:
         return Path(shutil.move(old, old.with_name(f"{old.name}.old{number}")))
 
     def write_recipe(self) -> None:
-        """The recipe as written and as understood, and where it runs."""
+        """The recipe as written and as understood, without secrets, and where it runs."""
         folder = self.store.directory
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "recipe.yaml", self.source)
-        write_atomic(folder / "resolved.yaml", dump(resolved(self.recipe)))
+        write_atomic(folder / "recipe.yaml", redact_text(self.source))
+        write_atomic(folder / "resolved.yaml", dump(redact(resolved(self.recipe))))
         self._list_trials()
         write_json(folder / "env.json", describe())
 
     def _list_trials(self) -> None:
         write_json(self.store.directory / "trials.json", [trial.id for trial in self.trials])
 
-    def adopt(self) -> None:
+    def adopt(self, trials: Sequence[Trial] | None = None) -> None:
         """Bring results on file up to this recipe's names and target: both are read from the curves, nothing is trained."""
-        for trial in self.trials:
-            result = self.store.result(trial.id)
-            if result and result["status"] != "failed":
+        found = [(t, r) for t in (self.trials if trials is None else trials) if (r := self.store.result(t.id))]
+        for trial, result in found:
+            if result["status"] != "failed":
                 self._adopt(trial, result)
-        if self.stages.update():  # a new target has other winners
+        if found and self.stages.update():  # a new target has other winners
             self._list_trials()
             self.adopt()
 
