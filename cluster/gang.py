@@ -168,8 +168,10 @@ class RayGang:
         """Before there is a process group, nothing of the task has run: a port taken, a network away, are the cluster's."""
         if self.startup_seconds is None:
             return Lost(cause.rank, f"no process group: {cause.kind}: {cause.message}")
-        if cause.lost_peer and self.waiting:  # a rank that is still at it let a collective time out
+        late = sorted(set(self.waiting.values()) - self.reports.keys())
+        if cause.lost_peer and late:  # who fails by a timeout has waited for one who does not get on
             stacks.ask(self.processes)
+            return Lost(late[0], f"rank {late[0]} does not get on, rank {cause.rank} waited for it: {cause.message}")
         return cause
 
     def _settle(self, outcome: Outcome) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -169,11 +170,13 @@ def test_failure_classes(tmp_path: Path, unbroken: Running) -> None:
     assert "seed 3: FAILED: rank 1 on" in lines[first] and "ValueError: the planted error (faults.py:" in lines[first]
     assert lines[first + 1] == f"  trial {study.ids[3]}; log: {trials / study.ids[3]}/logs/rank_1.log"
     reasons = [event["reason"] for event in study.last.events("worker_lost")]
-    assert "Address already in use" in reasons[0] and any("no sign of life" in reason for reason in reasons)
+    assert "Address already in use" in reasons[0] and any(
+        re.search("no sign of life from rank 1|rank 1 does not get on", r) for r in reasons
+    )
     assert any("died" in reason for reason in reasons)  # a SIGTERM lets the rank end the trial that it is at
     for rank in (0, 1):  # where both stood when one had stopped
-        stacks = (trials / study.ids[2] / "logs" / f"rank_{rank}.log").read_text()
-        assert "Current thread" in stacks and "trainer.py" in stacks
+        log = (trials / study.ids[2] / "logs" / f"rank_{rank}.log").read_text()
+        assert "trainer.py" in log and (rank == 0 or "(most recent call first)" in log)
     code, err = study.run()
     assert code == 0, err
     study.equals(unbroken)
