@@ -39,7 +39,6 @@ class Live:
 @dataclass(frozen=True, slots=True)
 class LateAverage(Update):
     start: float
-    needs = Need.LAYER_WEIGHTS
     examples: int = 1024
     needs = Need.LAYER_WEIGHTS
 

@@ -172,7 +172,7 @@ def assert_equal(one: Trained, other: Trained, most: float) -> None:
     assert [row["step"] for row in one.rows] == [row["step"] for row in other.rows]
     for a, b in zip(one.rows, other.rows, strict=True):
         for name in ("train_loss", "test_loss"):
-            assert a.get(name) == pytest.approx(b.get(name), rel=0, abs=most)
+            assert a.get(name, 0.0) == pytest.approx(b.get(name, 0.0), rel=0, abs=most)
 
 
 @pytest.mark.parametrize("stage", STAGES)
