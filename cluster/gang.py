@@ -226,6 +226,8 @@ class Pulse:
         now = time.monotonic()
         if now < self.due:
             return None
+        if now > self.due + self.interval:  # this very process was stopped: answers may have to come in first
+            self.asked = {question: (rank, now) for question, (rank, _) in self.asked.items()}
         self.due = now + self.interval
         if self.asked:
             answered, _ = ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0)

@@ -24,10 +24,15 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise naming(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def naming(path: Path | str, error: OSError) -> OSError:
+    """`error` with the file that it came from."""
+    return OSError(error.errno, error.strerror or str(error), str(path))
 
 
 def sync_directory(path: Path) -> None:
@@ -75,7 +80,11 @@ def open_lines(path: Path) -> BinaryIO:
 def append_line(file: BinaryIO, value: Any) -> None:
     """Adds one row in one write, so that rows of several writers never mix; infinities and NaN become null."""
     line = json.dumps(finite(value), separators=(",", ":"), allow_nan=False).encode() + b"\n"
-    if os.write(file.fileno(), line) < len(line):
+    try:
+        written = os.write(file.fileno(), line)
+    except OSError as error:
+        raise naming(file.name, error) from error
+    if written < len(line):
         raise OSError(f"{file.name}: the disk took only a part of a line")
 
 

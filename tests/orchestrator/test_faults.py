@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from safetensors.numpy import load_file
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
+from orchestrator.files import append_line
 from orchestrator.recipe import expand, load
 from orchestrator.workloads import fingerprint
 from tests.faults import DRIVER, Fault, Planted, plant
@@ -170,9 +173,8 @@ def test_failure_classes(tmp_path: Path, unbroken: Running) -> None:
     assert "seed 3: FAILED: rank 1 on" in lines[first] and "ValueError: the planted error (faults.py:" in lines[first]
     assert lines[first + 1] == f"  trial {study.ids[3]}; log: {trials / study.ids[3]}/logs/rank_1.log"
     reasons = [event["reason"] for event in study.last.events("worker_lost")]
-    assert "Address already in use" in reasons[0] and any(
-        re.search("no sign of life from rank 1|rank 1 does not get on", r) for r in reasons
-    )
+    stalled = "no sign of life from rank 1|rank 1 does not get on"
+    assert "Address already in use" in reasons[0] and any(re.search(stalled, reason) for reason in reasons)
     assert any("died" in reason for reason in reasons)  # a SIGTERM lets the rank end the trial that it is at
     for rank in (0, 1):  # where both stood when one had stopped
         log = (trials / study.ids[2] / "logs" / f"rank_{rank}.log").read_text()
@@ -221,6 +223,31 @@ def test_the_retry_budget(tmp_path: Path, unbroken: Running) -> None:
     study.equals(unbroken)
 
 
+# ------------------------------------------------------------------------------------------------------ a full disk
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from orchestrator.files import write_atomic
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+write_atomic(Path(sys.argv[1]), b"new" * 100)
+"""
+
+
+def test_the_system_refuses_a_file(tmp_path: Path) -> None:
+    """A real refusal: the error names the file, its old content stays, nothing lies beside it."""
+    file = tmp_path / "result.json"
+    file.write_text("old")
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(file)], capture_output=True, text=True, timeout=60)
+    assert f"File too large: '{file}'" in done.stderr
+    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+
+
+def test_no_room_for_a_row() -> None:
+    with open("/dev/full", "ab", buffering=0) as full, pytest.raises(OSError, match=r"No space left .*'/dev/full'"):
+        append_line(full, {"step": 1})
+
+
 # ------------------------------------------------------------------------------------------------------- the driver
 
 
@@ -242,6 +269,8 @@ def broken_off(study: Broken, reference: Running, expected: int) -> None:
         pytest.param("kill", "rename", 15, -9, marks=pytest.mark.slow),
         pytest.param("term", "evaluate", None, 75, marks=pytest.mark.slow),
         ("term", "fsync", 10, 75),
+        pytest.param("disk", "replace", 10, 3, marks=pytest.mark.slow),
+        pytest.param("read_only", "rename", 10, 3, marks=pytest.mark.slow),
     ],
 )
 def test_alone(tmp_path: Path, alone: Running, action: str, place: str, step: int | None, expected: int) -> None:
