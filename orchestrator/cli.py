@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from orchestrator.terminal import say, shown
+
 app = typer.Typer(
     name="bigbatch",
     help="Large-batch training studies: one recipe, one publishable answer.",
@@ -34,10 +36,6 @@ Output = Annotated[
 ]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="let the recipe import your own network")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 @contextmanager
@@ -168,7 +166,7 @@ def show(
 
         recipe = load(path, set_ or (), allow_code=allow_code)
         if not (resolved or as_json):
-            return print(path.read_text(encoding="utf-8"), end="")
+            return print(shown(path.read_text(encoding="utf-8")), end="")
         data = resolve(recipe)
         print(json.dumps(data, indent=1) if as_json else dump(data), end="\n" if as_json else "")
 

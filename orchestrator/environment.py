@@ -20,7 +20,10 @@ VARIABLES = re.compile(r"OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES|BIGBATCH_\w+")
 SECRET = re.compile(
     r"(^|[_\W])(api[_-]?key|access[_-]?key|private[_-]?key|secret|password|passwd|passphrase|credentials?|token|auth)$"
 )
-USERINFO = re.compile(r"(?<=://)[^/\s@]+@")
+USERINFO = re.compile(r"(:/{1,2})[^/\s@]+@")  # one slash: what a path makes of a URL
+NAMED = re.compile(r"""([\w.-]+)["']?\s*[:=]\s*""")
+VALUE = re.compile(r""""[^"]*"|'[^']*'|[^,}\]]*""")
+SHORTEST = 8  # characters of a secret that is looked for wherever it may stand
 HIDDEN = "***"
 
 
@@ -108,14 +111,35 @@ def _variables() -> dict[str, str]:
 
 
 def redact(value: Any) -> Any:
-    """JSON data with *** for the values of keys that look like secrets, and for the user part of URLs."""
+    """JSON data with *** for the values of keys that look like secrets, for the user part of URLs, and for the values of
+    environment variables that are named like secrets."""
     if isinstance(value, dict):
         return {
             key: HIDDEN if is_secret(str(key)) and item is not None else redact(item) for key, item in value.items()
         }
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]
-    return USERINFO.sub(f"{HIDDEN}@", value) if isinstance(value, str) else value
+    return _redact_string(value) if isinstance(value, str) else value
+
+
+def _redact_string(text: str) -> str:
+    for name, secret in os.environ.items():
+        if len(secret) >= SHORTEST and secret in text and is_secret(name):
+            text = text.replace(secret, HIDDEN)
+    return USERINFO.sub(rf"\1{HIDDEN}@", text)
+
+
+def redact_text(text: str) -> str:
+    """As `redact`, for text that people write, also where it says `password: ...` or `token=...`, in a comment or not."""
+    return redact("".join(map(_redact_line, text.splitlines(keepends=True))))
+
+
+def _redact_line(line: str) -> str:
+    named = next((m for m in NAMED.finditer(line) if is_secret(m[1])), None)
+    value = VALUE.match(line.rstrip("\n"), named.end()) if named else None
+    if not named or not value:
+        return line
+    return line[: named.end()] + HIDDEN + _redact_line(line[value.end() :])
 
 
 def is_secret(name: str) -> bool:

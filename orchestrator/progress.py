@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.files import Damaged, printable, read_json
+from orchestrator.terminal import say
 
 ROWS = 12  # running trials shown at once
 SILENCE = 30.0  # seconds without an update after which a running study is said to be silent
@@ -178,7 +179,7 @@ def show_status(study: Path, watch: bool, as_json: bool) -> int:
         statuses = follow(study) if watch else iter([read_status(study)])
         _print_json(statuses) if as_json else _print_view(statuses)
     except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
+        say(str(error))
         return USAGE
     except KeyboardInterrupt:
         return 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 import time
@@ -11,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster import stacks
 from cluster.mirror import local, mirrored
 from orchestrator.allocator import keep_freed_memory
-from cluster import stacks
 from orchestrator.compose import compose
+from orchestrator.environment import redact
 from orchestrator.files import read_lines
 from orchestrator.results import Deadline, outcome
 from orchestrator.trial import Trial
@@ -144,11 +146,18 @@ def _device_name(worker: Worker) -> str:
     return "cpu"
 
 
+class Log(io.TextIOWrapper):
+    """A text file that keeps no secrets."""
+
+    def write(self, text: str) -> int:
+        return super().write(redact(text))
+
+
 @contextlib.contextmanager
 def rank_log(path: Path) -> Iterator[None]:
     """What the rank prints goes into its own file, across attempts; and where it stands, should it hang."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", buffering=1, encoding="utf-8") as file:
+    with Log(open(path, "ab"), encoding="utf-8", line_buffering=True) as file:
         print(f"# pid {os.getpid()} at {time.strftime('%Y-%m-%d %H:%M:%S')}", file=file)
         with stacks.written_to(file), contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             try:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from orchestrator.environment import redact
 from orchestrator.files import Damaged, append_line, open_lines, read_json, read_lines, write_json
 
 FINISHED = ("done", "diverged", "pruned")  # a failed trial is tried again by the next run
@@ -78,11 +79,11 @@ class Store:
 
     def commit(self, result: dict[str, Any]) -> None:
         """The last thing that happens to a trial: from here on it is done."""
-        write_json(self.trial(result["trial"]) / "result.json", result)
+        write_json(self.trial(result["trial"]) / "result.json", redact(result))
 
     def journal(self, event: str, **fields: Any) -> None:
         with open_lines(self.directory / "journal.jsonl") as file:
-            append_line(file, {"time": time.time(), "event": event, **fields})
+            append_line(file, redact({"time": time.time(), "event": event, **fields}))
 
     def status(self) -> dict[str, Any]:
         """Empty if there is none that can be read: nothing depends on it."""
@@ -93,7 +94,7 @@ class Store:
         return status if isinstance(status, dict) else {}
 
     def write_status(self, status: dict[str, Any]) -> None:
-        write_json(self.directory / "status.json", status)
+        write_json(self.directory / "status.json", redact(status))
 
     @contextlib.contextmanager
     def lock(self, wait: bool = False) -> Iterator[None]:

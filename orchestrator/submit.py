@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from cluster import jobs
 from cluster.tasks import ClusterError
-from orchestrator.files import printable
 from orchestrator.recipe import Recipe
 from orchestrator.signals import TERMINATED
+from orchestrator.terminal import say, shown
 
 EXCLUDES = (".git", ".venv", "venv", "__pycache__")  # wherever they are in the working directory
 GRACE = 60  # seconds that a stopped job has to save and end; Ray gives it 3 otherwise
@@ -51,13 +50,9 @@ def submit(
 HOW = {"follow it:": "logs --follow", "stop it:": "stop"}
 
 
-def say(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)
-
-
 def echo(log: str) -> None:
     """A piece of the job's log, without characters that steer a terminal."""
-    print("".join(c for c in log if c.isprintable() or c in "\n\t"), end="", flush=True)
+    print(shown(log), end="", flush=True)
 
 
 def relative(path: Path, directory: Path) -> PurePosixPath:
