@@ -19,13 +19,19 @@ def compose(trial: Trial, examples: int) -> Plan:
     """The plan of a trial on a data set of `examples`. Raises PlanError if methods clash or the engine cannot serve them."""
     plan = Plan((_base_phase(trial, examples),))
     for name, options in trial.strategies:
-        if CATALOGUE[name].scales_rate and trial.base.rate.scale != "none":
-            raise PlanError(
-                f"{name} scales the rate itself, but base.rate.scale is {trial.base.rate.scale}: leave it out"
-            )
+        if CATALOGUE[name].scales_rate:
+            _check_unscaled(name, trial.base)
         plan = CATALOGUE[name](**options).edit(plan)
     check(plan, variant(trial.engine.name, trial.engine.options.model_dump()))
     return plan
+
+
+def _check_unscaled(method: str, base: schema.Base) -> None:
+    """Raises PlanError if the recipe states rate or budget at its own batch size, where the method states them at another."""
+    if base.rate.scale != "none":
+        raise PlanError(f"{method} scales the rate itself, but base.rate.scale is {base.rate.scale}: leave it out")
+    if base.steps is not None:
+        raise PlanError(f"{method} makes as many steps as its gain asks for: state base.epochs instead of base.steps")
 
 
 def check(plan: Plan, engine: str) -> None:

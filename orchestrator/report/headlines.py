@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from orchestrator.report.summary import Cell, Summary, steps_to_target
 from orchestrator.report.wording import (
@@ -21,6 +22,9 @@ from orchestrator.report.wording import (
     stretch,
 )
 from orchestrator.statistics import EXCESS, Estimate, paired_ratio, useful_batch
+from strategies import CATALOGUE
+
+SCALING = [name for name, method in CATALOGUE.items() if method.scales_rate]
 
 
 def headlines(summary: Summary) -> list[str]:
@@ -138,9 +142,16 @@ def _misses(summary: Summary, arm: str, cells: list[Cell]) -> str:
 
 def _budget(summary: Summary, cells: list[Cell], lead: str = "within its") -> str:
     """` within its budget of 20 epochs`, if all of these trials had the same one."""
-    bases = [summary.study.config(t).get("base") or {} for c in cells for t in c.trials]
-    budgets = {stretch(b[unit], unit) for b in bases for unit in ("epochs", "steps") if b.get(unit)}
+    configs = [summary.study.config(t) for c in cells for t in c.trials]
+    stated = [(c.get("base") or {}, _reference(c)) for c in configs]
+    budgets = {stretch(b[unit], unit) + at for b, at in stated for unit in ("epochs", "steps") if b.get(unit)}
     return f" {lead} budget of {budgets.pop()}" if len(budgets) == 1 else ""
+
+
+def _reference(config: dict[str, Any]) -> str:
+    """` at batch 32`, where a method takes the budget to be stated there and makes more passes at larger batches."""
+    scaling = [options for name, options in config.get("strategies") or () if name in SCALING]
+    return f" at batch {scaling[0]['per']}" if scaling else ""
 
 
 def _diverged(cells: list[Cell]) -> str:

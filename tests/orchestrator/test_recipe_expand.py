@@ -244,6 +244,12 @@ def test_scaling_rules_that_cannot_be(settings: list[str], said: str) -> None:
         recipe(*settings)
 
 
+def test_a_budget_in_steps_beside_a_method_that_sets_them_is_refused() -> None:
+    settings = ("arms.other.strategies=[{adascale: {per: 8}}]", "base.steps=100")
+    with pytest.raises(PlanError, match=r"state base\.epochs instead of base\.steps"):
+        compose(trials(*settings)[-1], examples=100)
+
+
 def test_a_scaling_rule_beside_a_method_that_scales_is_refused() -> None:
     settings = ("arms.other.strategies=[{adascale: {per: 8}}]", "base.rate.scale=linear")
     with pytest.raises(PlanError, match=r"base\.rate\.scale is linear: leave it out"):

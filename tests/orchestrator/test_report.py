@@ -53,6 +53,13 @@ def test_headlines_of_a_whole_study(study):
     ]
 
 
+def test_a_budget_stated_at_another_batch_size_says_so(tmp_path):
+    made = MadeStudy(tmp_path, target=None)
+    config = tmp_path / "trials" / made.add("adascale", 512, 0) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"strategies": [["adascale", {"per": 32}]]}))
+    assert "at batch 512 with a budget of 20 epochs at batch 32 (" in build(tmp_path, made.ids)[0]
+
+
 def test_every_file_is_there_and_small(study):
     path, _ = study
     assert figures(path) == FIGURES
