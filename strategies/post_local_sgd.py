@@ -2,7 +2,8 @@
 
 Up to `start`, gradients are averaged at each step. From then on each of W workers steps on the gradient of its own share of the
 batch, and weights are averaged after every `period` steps and after the last. Momentum stays each worker's own. Rows show
-the mean of all workers' weights, and training goes on from each worker's own, so that logging changes nothing.
+the mean of all workers' weights, and training goes on from each worker's own, so that logging changes nothing; for that,
+each row costs every worker memory and traffic of all workers' weights and momentum, so keep rows far apart on many workers.
 """
 
 from __future__ import annotations
