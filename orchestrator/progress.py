@@ -54,9 +54,11 @@ def name(trial: dict[str, Any]) -> str:
 
 
 def counts(trials: dict[str, int]) -> str:
-    """`12 of 24 trials done, 1 failed, 2 running, 10 left`; failures only where there are any."""
+    """`12 of 24 trials done, 1 failed, 2 running, 10 left`; failures, and trials given up, only where there are any."""
     others = [
-        (trials[k], k) for k in ("failed", "diverged", "running", "left") if trials[k] or k in ("running", "left")
+        (trials.get(k, 0), k)
+        for k in ("failed", "diverged", "pruned", "running", "left")
+        if trials.get(k) or k in ("running", "left")
     ]
     return ", ".join([f"{trials['done']} of {trials['total']} trials done", *(f"{n} {word}" for n, word in others)])
 
