@@ -81,8 +81,9 @@ def caution(path: Path, sets: list[str] | None) -> None:
     """Tells on stderr what the user should know of a sound recipe."""
     from orchestrator.fairness import unfair
     from orchestrator.recipe import cautions
+    from orchestrator.recipe.checks import untested
 
-    for problem in cautions(path, sets or (), unfair):
+    for problem in cautions(path, sets or (), lambda recipe: [*unfair(recipe), *untested(recipe)]):
         say(str(problem))
 
 
