@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
+import shlex
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import cluster.session  # noqa: F401 - before ray: it sets what Ray reads when it is imported
@@ -83,3 +88,71 @@ def nodes(hidden: Path, temporary: Path, head_cpus: int = 0) -> Iterator[Nodes]:
         yield made
     finally:
         made.cluster.shutdown()
+
+
+# ------------------------------------------------------------------------------------------------- network namespaces
+
+HEAD, OTHER = "10.213.77.1", "10.213.77.2"
+RAY = [
+    sys.executable,
+    "-m",
+    "ray.scripts.scripts",
+    "start",
+    "--block",
+    "--num-cpus=1",
+    "--object-store-memory=80000000",
+]
+
+
+@contextmanager
+def two_hosts(hidden: Path, temporary: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """Two nodes of a CPU each, with networks and addresses of their own and a cable between them; the second does not see
+    `hidden`. -> (what a driver's command on the first begins with, its environment)."""
+    require_mounts(hidden)
+    spaces = [f"bigbatch{os.getpid()}{side}" for side in "ab"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_MODE": "token"}
+    environment |= {"RAY_AUTH_TOKEN": secrets.token_hex(32), "BIGBATCH_HOME": str(hidden / "home")}
+    inside = [["ip", "netns", "exec", space] for space in spaces]
+    with ExitStack() as held:
+        for space in spaces:
+            _must("ip", "netns", "add", space)
+            held.callback(subprocess.run, ["ip", "netns", "delete", space])
+        _connect(spaces)
+        head = [*RAY, "--head", f"--node-ip-address={HEAD}", "--port=6399", f"--temp-dir={temporary}"]
+        other = [*RAY, f"--address={HEAD}:6399", f"--node-ip-address={OTHER}"]
+        hide = f"mount --make-rprivate / && mount -t tmpfs none {shlex.quote(str(hidden))} && exec {shlex.join(other)}"
+        for command in (
+            [*inside[0], *head, "--include-dashboard=false"],
+            [*inside[1], "unshare", "-m", "sh", "-c", hide],
+        ):
+            process = subprocess.Popen(command, env=environment, stdout=-3, stderr=-3, start_new_session=True)
+            held.callback(end, process)
+            time.sleep(8)  # the second looks for the first
+        yield inside[0], environment | {"RAY_ADDRESS": f"{HEAD}:6399"}
+
+
+def _connect(spaces: list[str]) -> None:
+    ends = [f"bb{os.getpid()}{side}" for side in "ab"]
+    _must("ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+    for space, cable, address in zip(spaces, ends, (HEAD, OTHER), strict=True):
+        _must("ip", "link", "set", cable, "netns", space)
+        _must("ip", "-n", space, "addr", "add", f"{address}/24", "dev", cable)
+        for device in ("lo", cable):
+            _must("ip", "-n", space, "link", "set", device, "up")
+
+
+def _must(*command: str) -> None:
+    """Skips the test where this cannot be done."""
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=10)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"no network namespaces here: {error}")
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """With all that it started."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in family:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()

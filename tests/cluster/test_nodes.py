@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.cluster.nodes import Nodes, nodes
+from tests.cluster.nodes import Nodes, nodes, two_hosts
 from tests.orchestrator.test_study_on_ray import until, without_seconds
 
 RECIPE = """
@@ -34,14 +34,22 @@ SPREAD = "{workers: 2, timeout: 30, placement: spread}"
 class Driver:
     """`bigbatch run` in a process of its own, in a folder that other nodes do not see."""
 
-    def __init__(self, folder: Path, name: str, cluster: str, environment: dict[str, str], steps: int = 400):
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        cluster: str,
+        environment: dict[str, str],
+        steps: int = 400,
+        inside: Sequence[str] = (),
+    ):
         text = RECIPE.replace("NAME", name).replace("FOLDER", str(folder)).replace("CLUSTER", cluster)
         recipe = folder / f"{name}.yaml"
         recipe.write_text(text.replace("STEPS", str(steps)))
         self.runs = folder / f"runs_{name}"
         self.study = self.runs / name
         self.began = time.monotonic()
-        command = [sys.executable, "-m", "orchestrator", "run", str(recipe), "-o", str(self.runs)]
+        command = [*inside, sys.executable, "-m", "orchestrator", "run", str(recipe), "-o", str(self.runs)]
         self.process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment)
 
     def end(self, limit: float = 90) -> tuple[int, str]:
@@ -200,3 +208,15 @@ def until_saved(driver: Driver) -> None:
 
 def raylet(node: Any) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
+
+
+@pytest.mark.slow
+def test_two_hosts_with_addresses_of_their_own(folder: Path, near: Driver) -> None:
+    """Ranks find each other through the interface that holds their node's address: loopback does not lead there."""
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as temporary, two_hosts(folder, Path(temporary)) as host:
+        inside, environment = host
+        driver = Driver(folder, "hosts", HERE, environment, inside=inside)
+        code, err = driver.end()
+    assert code == 0, err
+    assert driver.weights() == near.weights()
+    assert "pid" in driver.log(0) and "pid" in driver.log(1)
