@@ -52,6 +52,7 @@ class Couriers:
         self.writes: tuple[Path, ...] = ()
         self.asked: dict[Any, str] = {}  # question in flight -> node
         self.due = 0.0
+        self.whole = True  # whether all that was written has come back, or still may
 
     def send(self, files: Files) -> dict[str, Any]:
         """For each of the nodes: a call that gives the place of its copies once they are there."""
@@ -82,19 +83,20 @@ class Couriers:
         node = self.asked.pop(answer)
         try:
             take_in(ray.get(answer), self.writes)
-        except ray.exceptions.RayActorError:  # with its node; the gang will notice
+        except ray.exceptions.RayError:  # most often with its node, and the gang will notice
             mirrors.pop(node, None)
             del self.mirrors[node]
+            self.whole = False
 
     def finish(self, limit: float = LAST_LIMIT) -> bool:
         """Take in all that is left. Whether every node has handed over its files."""
-        nodes, end = set(self.mirrors), time.monotonic() + limit
+        end = time.monotonic() + limit
         for _ in range(2):  # an answer that is on its way may be older than the last write
             self._ask()
             while self.asked and (left := end - time.monotonic()) > 0:
                 for answer in ray.wait(list(self.asked), timeout=left)[0]:
                     self._take_in(answer)
-        return not self.asked and set(self.mirrors) == nodes
+        return self.whole and not self.asked
 
     def forget(self) -> None:
         for actor in self.mirrors.values():

@@ -89,7 +89,7 @@ class RayGang:
         """All ranks are seated: first their files, then the task."""
         try:
             moved = couriers.send(task.files)
-        except ray.exceptions.RayActorError:
+        except ray.exceptions.RayError:
             rank = next(seat.rank for seat in self.seats.values() if not seat.sees_files)
             self.lost = Lost(rank, "a node died while files were sent to it")
             return

@@ -188,6 +188,15 @@ def test_the_last_rows_are_fetched_at_the_end(node: Actor, trial: Path) -> None:
     assert gang.finish() and (trial / "metrics.jsonl").read_text() == "{}\n"
 
 
+def test_what_was_lost_on_the_way_is_not_passed_over(node: Actor, trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keeper of the copies dies while ranks go on: the task's result must not count."""
+    gang = Couriers("a", seats(False, False))
+    gang.send(Files((trial,), (trial,)))
+    monkeypatch.setattr(couriers.ray, "get", lambda ref: (_ for _ in ()).throw(couriers.ray.exceptions.RayActorError()))
+    gang.look()
+    assert not gang.finish() and couriers.mirrors == {}
+
+
 def test_nodes_without_rank_0_get_logs_only(node: Actor, trial: Path) -> None:
     (trial / "rank_1.log").write_text("before\n")
     write(trial / "checkpoints" / "step_1" / "tensors", b"big")
