@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,23 +72,24 @@ def ten() -> Plan:
     return Lookahead(every=10, alpha=1.0).edit(baseline())
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[Pair]:
-    pair = Pair(tmp_path / "rendezvous")
-    yield pair
-    pair.close()
-
-
 def normed() -> Plan:
     return Lookahead(every=3).edit(with_batch_norm(baseline()))
 
 
-def test_two_workers_resume_between_moves(tmp_path: Path, pair: Pair) -> None:
+def test_two_workers_resume_between_moves(tmp_path: Path) -> None:
     """Rank 0's checkpoint holds the slow running statistics of both."""
-    unbroken = pair.train(normed(), tmp_path / "unbroken")
-    with pytest.raises(AssertionError, match="planted fault"):
-        pair.train(normed(), tmp_path / "broken", data=Blobs(fail_at=60), save_seconds=0)
-    assert distance(pair.train(normed(), tmp_path / "broken", save_seconds=0), unbroken) == 0
+    pair = Pair(tmp_path / "rendezvous")
+    try:
+        unbroken = pair.train(normed(), tmp_path / "unbroken")
+        with pytest.raises(AssertionError, match="planted fault"):
+            pair.train(normed(), tmp_path / "broken", data=Blobs(fail_at=60), save_seconds=0)
+    finally:
+        pair.close()
+    again = Pair(tmp_path / "again")
+    try:
+        assert distance(again.train(normed(), tmp_path / "broken", save_seconds=0), unbroken) == 0
+    finally:
+        again.close()
 
 
 def test_one_average_of_weights_alone() -> None:
