@@ -68,19 +68,6 @@ def untested(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(("engine", "deepspeed", "extra"), f"warning: goes to DeepSpeed as it is, untested: {keys}")
 
 
-def _extra(recipe: Recipe) -> Iterator[Finding]:
-    if recipe.engine.deepspeed:
-        for path, message in mistakes(recipe.engine.deepspeed.extra):
-            yield Finding(("engine", "deepspeed", "extra", *path), message, of_key=True)
-
-
-def untested(recipe: Recipe) -> Iterator[Finding]:
-    """No mistakes, but the user's own risk."""
-    if recipe.engine.deepspeed and recipe.engine.deepspeed.extra:
-        keys = ", ".join(map(str, recipe.engine.deepspeed.extra))
-        yield Finding(("engine", "deepspeed", "extra"), f"warning: goes to DeepSpeed as it is, untested: {keys}")
-
-
 def _strategies(recipe: Recipe) -> Iterator[Finding]:
     listed: list[tuple[Path, list[Choice]]] = [(("strategies",), recipe.strategies)]
     listed += [(("arms", name, "strategies"), arm.strategies) for name, arm in recipe.arms.items()]
