@@ -304,7 +304,7 @@ class Driver:
                 f"interrupted with {self.status()['trials']['left']} trials left; the same command goes on",
                 file=sys.stderr,
             )
-        for line in self.study.stages.unfinished():
+        for line in self.study.stages.unfinished() if self.state == "failed" else ():
             print(line, file=sys.stderr)
         if self.gaps:
             print(

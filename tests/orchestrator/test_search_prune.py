@@ -18,7 +18,7 @@ from orchestrator.search import prune, winners
 from orchestrator.workloads.noisy_quadratic import steps_to_target
 from strategies.contract import Plan
 from strategies.rate import Rate
-from tests.strategies.harness import Blobs, baseline, train
+from tests.strategies.harness import Blobs, Pair, baseline, train
 
 TARGET = Target(test_loss=0.5)
 EXACT = Prune.model_validate("exact")
@@ -165,3 +165,18 @@ def test_a_trial_at_its_end_is_whole(tmp_path: Path) -> None:
     steps = train(baseline(), tmp_path / "alone").progress.steps
     late = train(baseline(), tmp_path, deadlines=(Deadline(steps, NEVER),), evaluate=Interval(epochs=1))
     assert late.progress.status == "done"
+
+
+def test_two_workers_give_up_together_also_after_a_resume(tmp_path: Path) -> None:
+    """Rank 0 alone has the rows of before: both must know which deadlines they have met."""
+    pair = Pair(tmp_path / "rendezvous")
+    try:
+        alone = train(baseline(), tmp_path / "alone").rows
+        met, missed = Deadline(2, Target(train_loss=alone[0]["train_loss"])), Deadline(6, NEVER)
+        pruned = pair.train(baseline(), tmp_path / "pair", deadlines=(met, missed), save_seconds=0)
+        assert (pruned.progress.status, pruned.progress.steps) == ("pruned", 6)
+        resumed = pair.train(baseline(), tmp_path / "pair", deadlines=(met,), save_seconds=0)
+        assert resumed.progress.status == "done"
+        assert [r["train_loss"] for r in resumed.rows] == pytest.approx([r["train_loss"] for r in alone], rel=1e-12)
+    finally:
+        pair.close()
