@@ -269,7 +269,10 @@ def load(device: torch.device) -> Any:
     """The package, on the worker's kind of device, in the worker's process group, its log with the rank's own."""
     with warnings.catch_warnings(), environment(DS_ACCELERATOR=device.type):
         warnings.simplefilter("ignore")
-        import deepspeed
+        try:
+            import deepspeed
+        except ModuleNotFoundError as error:
+            raise PlanError(f"engine deepspeed: no module {error.name}: pip install 'bigbatch[deepspeed]'") from None
         from deepspeed import comm, ops
         from deepspeed.utils import groups, logger
     ops.__compatible_ops__.clear()  # else it builds one for CPUs, and a build that is killed leaves a lock

@@ -84,6 +84,13 @@ def _ours(at: Path) -> list[str]:
     return [key for *way, key in split if tuple(way) == at]
 
 
+def _closed(schema: dict[str, Any]) -> None:
+    """The JSON Schema of `extra`: the same names."""
+    zero = {"type": "object", "additionalProperties": False, "properties": dict.fromkeys(ZERO, True)}
+    properties: dict[str, Any] = dict.fromkeys(OTHERS, True) | {"zero_optimization": zero}
+    schema.update({"additionalProperties": False, "properties": properties})
+
+
 class DeepSpeed(Model):
     """ZeRO: what is spread over workers instead of being held by each."""
 
@@ -95,5 +102,6 @@ class DeepSpeed(Model):
     )
     extra: dict[str, Any] = Field(
         default={},
+        json_schema_extra=_closed,
         description="DeepSpeed's own configuration, beside what is set here; untested, part of a trial's name",
     )
