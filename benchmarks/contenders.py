@@ -162,10 +162,36 @@ def accelerate(spec: Spec, meter: Meter) -> None:
             return
 
 
+def deepspeed(spec: Spec, meter: Meter) -> None:
+    """ZeRO-1."""
+    import deepspeed as ds  # type: ignore[import-not-found,unused-ignore]
+
+    if not dist.is_initialized():
+        os.environ |= {"RANK": str(RANK), "LOCAL_RANK": str(RANK), "WORLD_SIZE": str(WORLD)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT", "29561")}
+    net = build(spec.model, spec.width)
+    config = {
+        "train_batch_size": spec.batch,
+        "train_micro_batch_size_per_gpu": spec.batch // WORLD,
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": spec.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+    }
+    model, *_ = ds.initialize(model=net, optimizer=sgd(net), config=config)
+    dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
+    for x, y in loader(spec):
+        loss = cross_entropy(model(x.to(dtype)), y)
+        model.backward(loss)
+        model.step()
+        if meter.step():
+            return
+
+
 CONTENDERS: dict[str, Callable[[Spec, Meter], None]] = {
     "plain_fp32": plain_fp32, "plain_bf16": plain_bf16, "tuned": tuned, "lightning": lightning, "accelerate": accelerate,
+    "deepspeed": deepspeed,
 }  # fmt: skip
-PACKAGES = {"lightning": ("lightning",), "accelerate": ("accelerate",)}
+PACKAGES = {"lightning": ("lightning",), "accelerate": ("accelerate",), "deepspeed": ("deepspeed",)}
 
 
 def main(name: str, spec_file: str, out_file: str) -> None:

@@ -156,13 +156,15 @@ def per_trial(repeats: int, trials: int, slow: int) -> tuple[dict[str, list[floa
 
 # --------------------------------------------------------------------------------------- books, as a share of a step
 
+PROBE = ["noise_scale"]
 WANDB = {"wandb": {"mode": "offline"}}
 OFF: dict[str, Any] = {"log_steps": NEVER, "checkpoint": {"seconds": NEVER}, "tracking": {}}
 BOOKS: dict[str, dict[str, Any]] = {
     "metrics rows, every 50 steps": {"log_steps": 50},
     "checkpoints, every 30 s": {"checkpoint": {"seconds": 30}, "log_steps": 50},
     "W&B mirror, offline": {"tracking": WANDB, "log_steps": 50},
-    "all of them": {"log_steps": 50, "checkpoint": {"seconds": 30}, "tracking": WANDB},
+    "gradient noise probe": {"strategies": PROBE},
+    "all of them": {"log_steps": 50, "checkpoint": {"seconds": 30}, "tracking": WANDB, "strategies": PROBE},
 }
 BASE = {name: {"log_steps": 50} for name in list(BOOKS)[1:3]}  # these two need rows: their pair has rows alone
 

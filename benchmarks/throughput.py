@@ -18,28 +18,33 @@ from orchestrator.files import read_lines
 
 MODES = {"2x1": (2, 1), "1x2": (1, 2)}  # workers x threads
 TIMEOUT = 1800.0  # seconds per measurement
+FREED = ("lightning", "tuned")  # measured with KEPT too
 WORTH = 1.2  # how much faster bf16's matrix products must be for the peers to train in it
 
 
-def peer(name: str, spec: Spec, workers: int, threads: int) -> list[float]:
+# glibc keeps what is freed, as `speed: {keep_memory: true}` has it: what of bigbatch's gain is due to this alone?
+KEPT = {"MALLOC_MMAP_THRESHOLD_": "2147483647", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
+
+
+def peer(name: str, spec: Spec, workers: int, threads: int, **variables: str) -> list[float]:
     """Images per second of a contender in fresh processes."""
     common.require(*PACKAGES.get(name, ()))
-    return [child(name, spec, workers, threads)["images_per_second"]]
+    return [child(name, spec, workers, threads, **variables)["images_per_second"]]
 
 
-def child(name: str, spec: Spec, workers: int, threads: int) -> dict[str, float]:
+def child(name: str, spec: Spec, workers: int, threads: int, **variables: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         spec_file, out_file = Path(folder) / "spec.json", Path(folder) / "out.json"
         spec_file.write_text(json.dumps(asdict(spec)))
         command = common.python("benchmarks.contenders", name, str(spec_file), str(out_file), workers=workers)
-        common.run(command, TIMEOUT, OMP_NUM_THREADS=str(threads), GLOO_SOCKET_IFNAME="lo")
+        common.run(command, TIMEOUT, OMP_NUM_THREADS=str(threads), GLOO_SOCKET_IFNAME="lo", **variables)
         return json.loads(out_file.read_text())
 
 
-def bigbatch(spec: Spec, workers: int, threads: int) -> list[float]:
+def bigbatch(spec: Spec, workers: int, threads: int, **changes: Any) -> list[float]:
     """Images per second of a recipe, read from its rows; their `seconds` leave out evaluation, as the peers' loops do."""
     last = spec.warmup + spec.steps
-    study = common.bigbatch(recipe(spec, workers, threads, last), TIMEOUT)
+    study = common.bigbatch(recipe(spec, workers, threads, last) | changes, TIMEOUT)
     seconds = {row["step"]: row["seconds"] for file in study.glob("trials/*/metrics.jsonl") for row in read_lines(file)}
     return [spec.batch * spec.steps / (seconds[last] - seconds[spec.warmup])]
 
@@ -70,7 +75,10 @@ def compare(spec: Spec, mode: str, repeats: int) -> dict[str, Any]:
     workers, threads = MODES[mode]
     contenders: dict[str, common.Measure] = {"peak": lambda: [child("peak", spec, 1, workers * threads)]}
     contenders["bigbatch"] = partial(bigbatch, spec, workers, threads)
+    plain = {"speed": {"patch_convolutions": False, "keep_memory": False}}
+    contenders["bigbatch, torch's own operations"] = partial(bigbatch, spec, workers, threads, **plain)
     contenders |= {name: partial(peer, name, spec, workers, threads) for name in CONTENDERS}
+    contenders |= {f"{name}, memory kept": partial(peer, name, spec, workers, threads, **KEPT) for name in FREED}
     samples, skipped = common.interleave(contenders, repeats)
     peaks = samples.pop("peak")
     peak = {kind: statistics.median(sample[kind] for sample in peaks) for kind in ("fp32", "bf16")}
