@@ -52,7 +52,9 @@ def _base_phase(trial: Trial, examples: int) -> Phase:
     if workers == 1 and trial.compression:
         raise PlanError("engine: ddp: compression needs 2 workers or more, cluster.workers is 1: leave it out")
     if trial.engine.deepspeed and trial.precision == "fp64":
-        raise PlanError("engine deepspeed keeps weights in float32, precision is fp64: write fp32 or bf16, or engine ddp")
+        raise PlanError(
+            "engine deepspeed keeps weights in float32, precision is fp64: write fp32 or bf16, or engine ddp"
+        )
     if base.batch < workers:
         raise PlanError(
             f"base.batch is {base.batch}, but each of {workers} workers needs an example: take fewer workers"

@@ -32,7 +32,9 @@ from orchestrator.terminal import say, shown
 from tests.wandb_file import payloads
 
 ROOT = Path(__file__).parents[1]
-PRODUCT = [p for name in ("orchestrator", "cluster", "strategies", "kernels") for p in sorted((ROOT / name).rglob("*.py"))]
+PRODUCT = [
+    p for name in ("orchestrator", "cluster", "strategies", "kernels") for p in sorted((ROOT / name).rglob("*.py"))
+]
 CANARY = "canary5eedf00d"
 
 # ------------------------------------------------------------------------------------------------ code out of files

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from orchestrator.files import printable
 
+NEAR = 0.5  # likeness, from 0 to 1, from which a name is offered
 MOST_SHOWN = 20  # names in one message
 Path: TypeAlias = "tuple[str | int, ...]"
 """Keys and list positions that lead from the top of a recipe to a value."""
@@ -64,8 +66,13 @@ def short(text: str) -> str:
 
 def nearest(name: str, names: Sequence[str]) -> str:
     """`did you mean "batch"?` where a right name is near, else the list of right names."""
-    near = difflib.get_close_matches(name.lower(), [n.lower() for n in names], n=1, cutoff=0.5)
-    if near:
-        return f'did you mean "{next(n for n in names if n.lower() == near[0])}"?'
+    near = max(names, key=lambda n: _likeness(name.lower(), n.lower()), default="")
+    if near and _likeness(name.lower(), near.lower())[0] >= NEAR:
+        return f'did you mean "{near}"?'
     shown = [*names[:MOST_SHOWN], f"... ({len(names)} in all)"] if len(names) > MOST_SHOWN else names
     return f"expected one of {', '.join(shown)}" if names else "expected none here"
+
+
+def _likeness(given: str, name: str) -> tuple[float, int]:
+    """difflib's ratio; among equals, the length of the common beginning: `seed` means `seeds` rather than `speed`."""
+    return difflib.SequenceMatcher(None, name, given).ratio(), len(os.path.commonprefix([given, name]))

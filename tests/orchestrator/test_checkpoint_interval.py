@@ -71,7 +71,7 @@ def test_the_first_cost_is_guessed_from_the_size() -> None:
 
 @pytest.mark.parametrize(("line", "saved"), [("{mtbf: 1e9}", False), ("{mtbf: 0.1}", True), ("{seconds: 0}", True)])
 def test_a_recipe_sets_the_interval(tmp_path: Path, line: str, saved: bool) -> None:
-    """Where failures are rare, a trial of a second is over before a save pays off; where they are frequent, it does not wait."""
+    """Where failures are rare, a trial of a second ends before a save pays off; where they are frequent, it saves."""
     text = RECIPE.replace("epochs: 1", "epochs: 120").replace("small_cnn: {width: 4}", "mlp: {}")
     text += f"checkpoint: {line}\nlog_steps: 5\n"
     trial = trials(tmp_path, text)[0]

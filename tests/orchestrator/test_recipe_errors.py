@@ -11,7 +11,7 @@ from orchestrator.recipe import Recipe, RecipeError
 from orchestrator.recipe.load import loads
 
 NAME = "a name of letters, digits, '_', '.' and '-', at most 64, the first a letter or digit"
-MODELS = "mlp, small_cnn, resnet, vgg, import"
+MODELS = "mlp, small_cnn, resnet, vgg, airbench, import"
 UNIT = "expected exactly one of base.epochs, base.steps, got"
 GOOD = """\
 study: s
@@ -70,15 +70,15 @@ def test_five_planted_mistakes_are_five_lines() -> None:
         ("seeds: [1, 1]", "8: seeds: expected each value once"),
         ("seeds: [1, x]", '12: seeds[1]: expected a whole number, got text "x"'),
         ("seeds: 1.5", "8: seeds: expected a whole number or a list, got number 1.5"),
-        ("precision: fp8", '12: precision: text "fp8" is not known, did you mean "fp64"?'),
+        ("precision: fp8", '12: precision: text "fp8" is not known, did you mean "fp32"?'),
         ("precision: half", '12: precision: text "half" is not known, expected one of auto, fp32, bf16, fp64'),
-        ("engine: {}", "9: engine: expected exactly one of solo, ddp, got none"),
-        ("engine: {ddp: {}, solo: {}}", "9: engine: expected exactly one of solo, ddp, got ddp, solo"),
+        ("engine: {}", "9: engine: expected exactly one of solo, ddp, deepspeed, got none"),
+        ("engine: {ddp: {}, solo: {}}", "9: engine: expected exactly one of solo, ddp, deepspeed, got ddp, solo"),
         (
             "engine: {ddp: {find_unused_parameters: yes}}",
             '40: engine.ddp.find_unused_parameters: expected true or false, got text "yes": write true',
         ),
-        ("engine: 3", "9: engine: expected one of solo, ddp, got number 3"),
+        ("engine: 3", "9: engine: expected one of solo, ddp, deepspeed, got number 3"),
         (
             "cluster: {workers: 1_0}",
             '20: cluster.workers: expected a whole number, got text "1_0": write 10 without quotes',
