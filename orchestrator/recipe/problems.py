@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TypeAlias
 
 from orchestrator.files import printable
@@ -75,4 +75,5 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 def _likeness(given: str, name: str) -> tuple[float, int]:
     """difflib's ratio; among equals, the length of the common beginning: `seed` means `seeds` rather than `speed`."""
-    return difflib.SequenceMatcher(None, name, given).ratio(), len(os.path.commonprefix([given, name]))
+    begins = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(given, name, strict=False)))
+    return difflib.SequenceMatcher(None, name, given).ratio(), begins
