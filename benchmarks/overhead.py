@@ -158,39 +158,36 @@ def per_trial(repeats: int, trials: int, slow: int) -> tuple[dict[str, list[floa
 
 PROBE = ["noise_scale"]
 WANDB = {"wandb": {"mode": "offline"}}
-OFF: dict[str, Any] = {"log_steps": NEVER, "checkpoint": {"seconds": NEVER}, "tracking": {}}
+NONE = "none"
 BOOKS: dict[str, dict[str, Any]] = {
+    NONE: {},
     "metrics rows, every 50 steps": {"log_steps": 50},
-    "checkpoints, every 30 s": {"checkpoint": {"seconds": 30}, "log_steps": 50},
-    "W&B mirror, offline": {"tracking": WANDB, "log_steps": 50},
+    "rows, and checkpoints as often as by default": {"log_steps": 50, "checkpoint": {"seconds": "auto"}},
+    "rows, and the W&B mirror, offline": {"log_steps": 50, "tracking": WANDB},
     "gradient noise probe": {"strategies": PROBE},
-    "all of them": {"log_steps": 50, "checkpoint": {"seconds": 30}, "tracking": WANDB, "strategies": PROBE},
-}
-BASE = {name: {"log_steps": 50} for name in list(BOOKS)[1:3]}  # these two need rows: their pair has rows alone
+    "all of them": {
+        "log_steps": 50, "checkpoint": {"seconds": "auto"}, "tracking": WANDB, "strategies": PROBE
+    },
+}  # fmt: skip
+OFF: dict[str, Any] = {"log_steps": NEVER, "checkpoint": {"seconds": NEVER}, "tracking": {}}
 
 
-def step_seconds(changes: dict[str, Any], steps: int) -> float:
+def step_seconds(name: str, steps: int) -> list[float]:
     """Seconds per step by the wall clock, from the start of the last trial of a warm gang to its end."""
-    base = tiny()["base"] | {"steps": steps}
-    recipe = tiny(base=base, seeds=2) | {"workload": tiny()["workload"] | {"evaluate": {"steps": steps}}}
-    study = common.bigbatch(recipe | OFF | changes, TIMEOUT)
-    events = {event["event"]: event["time"] for event in read_lines(study / "journal.jsonl")}  # the last of each kind
-    return (events["trial_ended"] - events["trial_started"]) / steps
-
-
-def share(name: str, steps: int) -> list[float]:
-    """What a book adds to a step, as a share of the step without it."""
     if "tracking" in BOOKS[name]:
         common.require("wandb")
-    off = step_seconds(BASE.get(name, {}), steps)
-    return [step_seconds(BOOKS[name], steps) / off - 1]
+    workload = {"data": "digits", "model": {"small_cnn": {"width": 32}}, "evaluate": {"steps": steps}}
+    recipe = tiny(base=tiny()["base"] | {"batch": 256, "steps": steps}, seeds=2, workload=workload)
+    study = common.bigbatch(recipe | OFF | BOOKS[name], TIMEOUT)
+    events = {event["event"]: event["time"] for event in read_lines(study / "journal.jsonl")}  # the last of each kind
+    return [(events["trial_ended"] - events["trial_started"]) / steps]
 
 
 def main() -> None:
     parser = common.arguments(__doc__ or "", repeats=5)
     parser.add_argument("--trials", type=int, default=20, help="one-step trials per repeat, on warm workers")
     parser.add_argument("--slow-trials", type=int, default=3, help="the same, where each trial starts processes")
-    parser.add_argument("--seconds", type=float, default=90, help="length of a trial whose books are measured")
+    parser.add_argument("--seconds", type=float, default=30, help="length of a trial whose books are measured")
     parser.add_argument("--only", choices=["trials", "books"], help="one of the two tables")
     options = parser.parse_args()
     if options.quick:
@@ -214,11 +211,20 @@ def trials_table(options: Namespace) -> dict[str, Any]:
 
 
 def books_table(options: Namespace) -> dict[str, Any]:
-    steps = max(100, round(options.seconds / step_seconds({}, 200)))
-    samples, skipped = common.interleave({name: partial(share, name, steps) for name in BOOKS}, options.repeats)
-    rows = [(name, common.spread([100 * value for value in found], 2)) for name, found in samples.items()]
-    common.tell(f"Added to a step, trials of {steps} steps", ("book", "per cent"), rows, skipped)
+    steps = max(100, round(options.seconds / step_seconds(NONE, 100)[0]))
+    samples, skipped = common.interleave({name: partial(step_seconds, name, steps) for name in BOOKS}, options.repeats)
+    off = samples[NONE]
+    rows = [
+        (name, common.spread([1000 * value for value in found]), added(found, off)) for name, found in samples.items()
+    ]
+    title = f"A small CNN on 8x8 images, batch 256, 2 workers, trials of {steps} steps"
+    common.tell(title, ("book", "ms per step", "added, per cent"), rows, skipped)
     return {"samples": samples, "skipped": skipped, "steps": steps}
+
+
+def added(found: list[float], off: list[float]) -> str:
+    """What a book adds to the step without any, by repeat."""
+    return common.spread([100 * (value / base - 1) for value, base in zip(found, off, strict=True)], 2)
 
 
 if __name__ == "__main__":
