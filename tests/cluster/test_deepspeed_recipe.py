@@ -140,6 +140,7 @@ def test_the_names_are_those_of_the_version_that_is_installed() -> None:
 
 
 @installed
+@pytest.mark.slow
 def test_a_killed_rank_under_zero_2(tmp_path: Path) -> None:
     """kill -9 of a rank in mid-trial: a new gang goes on from the checkpoint, to the weights that DDP ends with."""
     pytest.importorskip("ray", reason="Ray is not installed")

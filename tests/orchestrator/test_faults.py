@@ -148,6 +148,7 @@ def test_killed_ranks(tmp_path: Path, unbroken: Running) -> None:
     assert err.count("a new gang goes on") == len(KILLS)
 
 
+@pytest.mark.slow
 def test_failure_classes(tmp_path: Path, unbroken: Running) -> None:
     """What the cluster did is retried; what the user or the machine's limits did is told and not retried, and the
     same command finishes it once the cause is gone."""

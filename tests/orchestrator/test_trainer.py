@@ -110,10 +110,8 @@ def test_divergence_ends_the_trial(tmp_path: Path, peak: float) -> None:
     (phase,) = plan.phases
     learner = dataclasses.replace(phase.learner, rate=Rate(peak))  # type: ignore[type-var]
     plan = Plan((dataclasses.replace(phase, learner=learner),))
-    with pytest.raises(AssertionError, match="kept no weights"):
-        train(plan, tmp_path)
-    rows = (tmp_path / "trial/metrics.jsonl").read_text().splitlines()
-    assert len(rows) < 60
+    ended = train(plan, tmp_path)
+    assert ended.progress.status == "diverged" and not ended.weights and len(ended.rows) < 60
 
 
 def test_stop_at_the_target(tmp_path: Path) -> None:
@@ -240,8 +238,8 @@ def test_divergence_is_decided_in_step_by_all_workers(tmp_path: Path) -> None:
     learner = dataclasses.replace(phase.learner, rate=Rate(1e9))  # type: ignore[type-var]
     pair = Pair(tmp_path / "rendezvous")
     try:
-        with pytest.raises(AssertionError, match="rank 0: AssertionError: the trainer kept no weights"):
-            pair.train(Plan((dataclasses.replace(phase, learner=learner),)), tmp_path)
+        ended = pair.train(Plan((dataclasses.replace(phase, learner=learner),)), tmp_path)
+        assert ended.progress.status == "diverged" and not ended.weights
         assert distance(pair.train(baseline(), tmp_path / "next"), train(baseline(), tmp_path / "alone")) < 1e-12
     finally:
         pair.close()
