@@ -174,13 +174,13 @@ def deepspeed(spec: Spec, meter: Meter) -> None:
         "train_batch_size": spec.batch,
         "train_micro_batch_size_per_gpu": spec.batch // WORLD,
         "zero_optimization": {"stage": 1},
-        "bf16": {"enabled": spec.precision == "bf16"},
+        "torch_autocast": {"enabled": spec.precision == "bf16", "dtype": "bfloat16"},
         "zero_allow_untested_optimizer": True,
     }
     model, *_ = ds.initialize(model=net, optimizer=sgd(net), config=config)
-    dtype = torch.bfloat16 if spec.precision == "bf16" else torch.float32
     for x, y in loader(spec):
-        loss = cross_entropy(model(x.to(dtype)), y)
+        with autocast(spec.precision):
+            loss = cross_entropy(model(x), y)
         model.backward(loss)
         model.step()
         if meter.step():
