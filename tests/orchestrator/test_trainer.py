@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from cluster.engines import make_worker
+from orchestrator.recipe.schema import Speed
 from orchestrator.recipe.workload_schema import Interval, Target
 from strategies.contract import Batch, ModelSpec, Plan
 from strategies.net import Net
@@ -251,3 +253,15 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
     plain = train(baseline(epochs=10), tmp_path / "plain")
     assert {v.dtype for v in trained.weights.values()} == {torch.float32}
     assert 1e-5 < distance(trained, plain) < 0.3 and trained.rows[-1]["test_accuracy"] > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_network_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    compiled = []
+    compile = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda net, **how: compiled.append(how) or compile(net, **how))
+    plain = train(baseline(), tmp_path / "plain")
+    quick = train(baseline(), tmp_path / "quick", speed=Speed(patch_convolutions=False, compile="default"))
+    assert compiled == [{"mode": None}] and distance(plain, quick) < 1e-12
