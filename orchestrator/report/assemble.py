@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.files import write_atomic
-from orchestrator.report import export, figures, pages
+from orchestrator.report import export, gallery, pages
 from orchestrator.report.headlines import headlines
 from orchestrator.report.load import load
 from orchestrator.report.summary import summarise
@@ -15,7 +15,7 @@ from orchestrator.report.summary import summarise
 def build(study: Path, trials: Sequence[str] | None = None) -> list[str]:
     summary = summarise(load(study, trials))
     sentences = headlines(summary)
-    drawn = figures.draw(summary)
+    drawn = gallery.draw(summary)
     rows = export.table(summary.study.results)
     page = pages.page(summary, sentences, drawn)
     write_atomic(study / "results.csv", export.as_csv(rows))
@@ -29,7 +29,7 @@ def build(study: Path, trials: Sequence[str] | None = None) -> list[str]:
 def _write_figures(folder: Path, drawn: dict[str, dict[str, bytes]]) -> None:
     """Also removes figures of an earlier report that the data no longer allow."""
     folder.mkdir(exist_ok=True)
-    for name in figures.NAMES:
+    for name in gallery.GALLERY:
         for kind in ("svg", "pdf"):
             path = folder / f"{name}.{kind}"
             if name in drawn:

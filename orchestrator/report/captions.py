@@ -13,13 +13,7 @@ from orchestrator.report.wording import goal, joined, metric_name, plural, stret
 from orchestrator.statistics import ENOUGH, EXCESS, Estimate
 
 
-def caption(name: str, summary: Summary) -> tuple[str, str]:
-    """Title and caption of a figure."""
-    write = {"steps_to_target": _steps, "final_metric": _final, "time_to_target": _time, "training_curves": _curves}
-    return write[name](summary)
-
-
-def _steps(summary: Summary) -> tuple[str, str]:
+def steps(summary: Summary) -> tuple[str, str]:
     assert summary.target
     medians = _medians(summary, [c.steps for c in summary.all_cells])
     return "Steps to target against batch size", (
@@ -54,7 +48,7 @@ def _resolution(summary: Summary) -> str:
     return f" The target is checked every {intervals.pop()}, so the steps are upper bounds to that grain."
 
 
-def _final(summary: Summary) -> tuple[str, str]:
+def final(summary: Summary) -> tuple[str, str]:
     assert summary.metric
     name = metric_name(summary.metric)
     diverged = sum(c.diverged for c in summary.all_cells)
@@ -72,7 +66,7 @@ def _workloads(summary: Summary) -> list[dict[str, Any]]:
     return [summary.study.config(c.trials[0]).get("workload") or {} for c in summary.all_cells]
 
 
-def _time(summary: Summary) -> tuple[str, str]:
+def seconds(summary: Summary) -> tuple[str, str]:
     assert summary.target
     reused = sum(t.reused for c in summary.all_cells for t in c.trials)
     left_out = f" {reused} reused trials are left out: times are not carried over." if reused else ""
@@ -83,7 +77,7 @@ def _time(summary: Summary) -> tuple[str, str]:
     )
 
 
-def _curves(summary: Summary) -> tuple[str, str]:
+def curves(summary: Summary) -> tuple[str, str]:
     assert summary.metric
     dotted = " Dotted: the target." if summary.target and summary.target.metric == summary.metric else ""
     name = metric_name(summary.metric)

@@ -21,7 +21,7 @@ from orchestrator.report.summary import Cell, Summary, final_value, seconds_to_t
 from orchestrator.report.wording import metric_name
 from orchestrator.statistics import Estimate
 
-NAMES = ("steps_to_target", "final_metric", "time_to_target", "training_curves")
+Maker = Callable[[Summary], "Figure | None"]
 # Okabe and Ito's colours: told apart with every kind of colour vision. Markers differ too, for print in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "D", "v", "P", "X", "<", ">")
@@ -46,10 +46,10 @@ CURVES = 300  # points of one line at most
 BAND = 60  # stretches of a fitted law
 
 
-def draw(summary: Summary) -> dict[str, dict[str, bytes]]:
-    """Figure name -> {"svg": ..., "pdf": ...}, for those that the data allow."""
+def draw(summary: Summary, makers: Mapping[str, Maker]) -> dict[str, dict[str, bytes]]:
+    """Figure name -> {"svg": ..., "pdf": ...}, for those that the data allow: the others make None."""
     drawn = {}
-    for name, make in zip(NAMES, (_steps, _final, _time, _curves), strict=True):
+    for name, make in makers.items():
         with matplotlib.rc_context(STYLE | {"svg.hashsalt": name}):
             figure = make(summary)
             if figure:
@@ -69,18 +69,18 @@ def _save(figure: Figure, kind: str, metadata: dict[str, Any]) -> bytes:
 # ------------------------------------------------------------------------------------------------------ against the batch
 
 
-def _steps(summary: Summary) -> Figure | None:
+def steps(summary: Summary) -> Figure | None:
     if not (summary.target and summary.all_cells):
         return None
-    figure, axes = _axes("optimizer steps to target")
+    figure, axes = batch_axes("optimizer steps to target")
     for index, cells in enumerate(summary.cells.values()):
         _estimates(axes, summary, index, lambda cell: cell.steps, steps_to_target)
         _ideal(axes, index, cells)
         _law(axes, summary, index)
         missed = [(c.batch, t.steps) for c in cells for t in c.trials if t.steps and math.isinf(steps_to_target(t))]
-        style: dict[str, Any] = {"color": _colour(index), "fillstyle": "none", "markersize": 9, "markeredgewidth": 1.4}
+        style: dict[str, Any] = {"color": colour(index), "fillstyle": "none", "markersize": 9, "markeredgewidth": 1.4}
         axes.plot([b * _shift(index, summary) for b, _ in missed], [s for _, s in missed], "^", **style)
-    _log_y(axes)
+    log_y(axes)
     extra = [Line2D([], [], color=GREY, linestyle="--", label="perfect scaling")]
     if summary.laws:
         extra.append(Line2D([], [], color=GREY, linestyle=":", label="fitted law"))
@@ -88,7 +88,7 @@ def _steps(summary: Summary) -> Figure | None:
         extra.append(
             Line2D([], [], color=GREY, marker="^", fillstyle="none", linestyle="", label="not reached by then")
         )
-    _finish(figure, axes, summary, extra)
+    finish(figure, axes, summary, extra)
     return figure
 
 
@@ -98,7 +98,7 @@ def _ideal(axes: Axes, index: int, cells: Sequence[Cell]) -> None:
     if len(cells) > 1 and reached:
         first, end = reached[0], cells[-1].batch
         steps = [first.steps.median, first.steps.median * first.batch / end]
-        axes.plot([first.batch, end], steps, "--", color=_colour(index), linewidth=1, alpha=0.7)
+        axes.plot([first.batch, end], steps, "--", color=colour(index), linewidth=1, alpha=0.7)
 
 
 def _law(axes: Axes, summary: Summary, index: int) -> None:
@@ -109,28 +109,28 @@ def _law(axes: Axes, summary: Summary, index: int) -> None:
         batches = [ends[0] * (ends[1] / ends[0]) ** (i / BAND) for i in range(BAND + 1)]
         band = intervals.band(found.at, batches)
         low, high = [i.low for i in band], [i.high for i in band]
-        axes.fill_between(batches, low, high, color=_colour(index), alpha=0.1, linewidth=0)
-        axes.plot(batches, [found.fit.law.steps(b) for b in batches], ":", color=_colour(index), linewidth=1)
+        axes.fill_between(batches, low, high, color=colour(index), alpha=0.1, linewidth=0)
+        axes.plot(batches, [found.fit.law.steps(b) for b in batches], ":", color=colour(index), linewidth=1)
 
 
-def _final(summary: Summary) -> Figure | None:
+def final(summary: Summary) -> Figure | None:
     if not (summary.metric and summary.all_cells):
         return None
-    figure, axes = _axes(f"final {metric_name(summary.metric)}")
+    figure, axes = batch_axes(f"final {metric_name(summary.metric)}")
     for index in range(len(summary.cells)):
         _estimates(axes, summary, index, lambda cell: cell.final, partial(final_value, metric=summary.metric))
-    _finish(figure, axes, summary)
+    finish(figure, axes, summary)
     return figure
 
 
-def _time(summary: Summary) -> Figure | None:
+def seconds(summary: Summary) -> Figure | None:
     if not any(math.isfinite(seconds_to_target(t)) and not t.reused for c in summary.all_cells for t in c.trials):
         return None
-    figure, axes = _axes("training seconds to target")
+    figure, axes = batch_axes("training seconds to target")
     for index in range(len(summary.cells)):
         _estimates(axes, summary, index, lambda cell: cell.seconds, _own_seconds)
-    _log_y(axes)
-    _finish(figure, axes, summary)
+    log_y(axes)
+    finish(figure, axes, summary)
     return figure
 
 
@@ -138,7 +138,7 @@ def _own_seconds(trial: Result) -> float:
     return math.inf if trial.reused else seconds_to_target(trial)
 
 
-def _axes(y: str) -> tuple[Figure, Axes]:
+def batch_axes(y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
     axes.set(xscale="log", xlabel="batch size (examples per optimizer step)", ylabel=y)
@@ -155,25 +155,25 @@ def _estimates(
     """An arm: medians joined by a line, intervals as bars, each seed as a dot. Bars without end leave the figure."""
     cells = summary.cells[summary.study.arms[index]]
     shift = _shift(index, summary)
-    style: dict[str, Any] = {"color": _colour(index), "linewidth": 1.6}
+    style: dict[str, Any] = {"color": colour(index), "linewidth": 1.6}
     known = [(cell.batch * shift, e) for cell in cells if (e := of(cell)) and math.isfinite(e.median)]
-    axes.plot([x for x, _ in known], [e.median for _, e in known], marker=_marker(index), markersize=6, **style)
+    axes.plot([x for x, _ in known], [e.median for _, e in known], marker=marker(index), markersize=6, **style)
     for x, e in known:
         ends = [end if math.isfinite(end) else e.median for end in (e.low, e.high)]
         axes.plot([x, x], ends, marker="_", markersize=7, **style)
         for end, edge in ((e.low, 0), (e.high, 1)):
             if math.isinf(end):
-                arrow = {"arrowstyle": "->", "color": _colour(index)}
+                arrow = {"arrowstyle": "->", "color": colour(index)}
                 axes.annotate("", (x, edge), (x, e.median), ("data", "axes fraction"), "data", arrow)
     dots = [(c.batch * shift, y) for c in cells for t in c.trials if math.isfinite(y := value(t))]
-    axes.plot([x for x, _ in dots], [y for _, y in dots], ".", color=_colour(index), markersize=5, alpha=0.6)
+    axes.plot([x for x, _ in dots], [y for _, y in dots], ".", color=colour(index), markersize=5, alpha=0.6)
 
 
-def _colour(index: int) -> str:
+def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def _marker(index: int) -> str:
+def marker(index: int) -> str:
     return MARKERS[index % len(MARKERS)]
 
 
@@ -182,7 +182,7 @@ def _shift(index: int, summary: Summary) -> float:
     return float(1.05 ** (index - (len(summary.cells) - 1) / 2))
 
 
-def _finish(figure: Figure, axes: Axes, summary: Summary, extra: Sequence[Line2D] = ()) -> None:
+def finish(figure: Figure, axes: Axes, summary: Summary, extra: Sequence[Line2D] = ()) -> None:
     """Ticks at the batch sizes of the study, room on both sides, a legend below."""
     batches = summary.batches
     axes.xaxis.set_major_locator(FixedLocator(batches))
@@ -191,11 +191,11 @@ def _finish(figure: Figure, axes: Axes, summary: Summary, extra: Sequence[Line2D
     axes.set_xlim(batches[0] / 1.4, batches[-1] * 1.4)
     if len(batches) > 8 or any(b / a < 1.3 for a, b in pairwise(batches)):
         axes.tick_params("x", rotation=45)
-    _legend(figure, summary.cells, extra)
+    legend(figure, summary.cells, extra)
 
 
-def _legend(figure: Figure, arms: Mapping[str, Any], extra: Sequence[Line2D] = ()) -> None:
-    own = [Line2D([], [], color=_colour(i), marker=_marker(i), label=short(arm)) for i, arm in enumerate(arms)]
+def legend(figure: Figure, arms: Mapping[str, Any], extra: Sequence[Line2D] = ()) -> None:
+    own = [Line2D([], [], color=colour(i), marker=marker(i), label=short(arm)) for i, arm in enumerate(arms)]
     handles = [*own, *extra]
     longest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, 76 // (longest + 7))  # characters that fit, and what a marker takes of them
@@ -207,7 +207,7 @@ def short(name: str, length: int = 24) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _log_y(axes: Axes) -> None:
+def log_y(axes: Axes) -> None:
     """Plain numbers as labels, more of them where the axis spans little."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -223,7 +223,7 @@ def _log_y(axes: Axes) -> None:
 # ------------------------------------------------------------------------------------------------------ training curves
 
 
-def _curves(summary: Summary) -> Figure | None:
+def curves(summary: Summary) -> Figure | None:
     if not (summary.metric and summary.all_cells):
         return None
     batches = summary.batches
@@ -240,7 +240,7 @@ def _curves(summary: Summary) -> Figure | None:
         axes.tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel(metric_name(summary.metric))
-    _legend(figure, summary.cells)
+    legend(figure, summary.cells)
     return figure
 
 
@@ -248,9 +248,9 @@ def _small_multiple(axes: Axes, summary: Summary, batch: int) -> None:
     assert summary.metric
     for index, cells in enumerate(summary.cells.values()):
         for trial in (t for cell in cells if cell.batch == batch for t in cell.trials):
-            xs, ys = _thinned(*summary.study.curve(trial, summary.metric))
+            xs, ys = thinned(*summary.study.curve(trial, summary.metric))
             style: dict[str, Any] = {"linewidth": 0.9, "alpha": 0.85, "markersize": 3}
-            axes.plot(xs, ys, color=_colour(index), marker=_marker(index), markevery=max(1, len(xs) // 4), **style)
+            axes.plot(xs, ys, color=colour(index), marker=marker(index), markevery=max(1, len(xs) // 4), **style)
     if summary.target and summary.target.metric == summary.metric:
         axes.axhline(summary.target.value, color=GREY, linestyle=":", linewidth=1)
     if summary.metric.endswith("loss"):
@@ -258,7 +258,7 @@ def _small_multiple(axes: Axes, summary: Summary, batch: int) -> None:
     axes.set_title(f"batch {batch}", fontsize=10)
 
 
-def _thinned(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
+def thinned(xs: list[float], ys: list[float]) -> tuple[list[float], list[float]]:
     """At most some hundred points, the last one among them."""
     stride = -(-len(xs) // CURVES) or 1
     return xs[::-stride][::-1], ys[::-stride][::-1]

@@ -13,7 +13,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from orchestrator.report.captions import caption, notes
+from orchestrator.report.captions import notes
+from orchestrator.report.gallery import GALLERY
 from orchestrator.report.inline_svg import inlined
 from orchestrator.report.load import as_text
 from orchestrator.report.search_table import search_table
@@ -60,7 +61,7 @@ def page(summary: Summary, headlines: list[str], drawn: dict[str, dict[str, byte
 
 
 def _figure(name: str, svg: bytes, summary: Summary) -> Figure:
-    title, text = caption(name, summary)
+    title, text = GALLERY[name].caption(summary)
     return Figure(name, title, text, Markup(inlined(svg, name, title)))
 
 

@@ -1,0 +1,27 @@
+"""The figures of a report, in their order: for each name what draws it, and what writes its title and caption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from orchestrator.report import captions, figures
+from orchestrator.report.summary import Summary
+
+
+class Entry(NamedTuple):
+    make: figures.Maker
+    caption: Callable[[Summary], tuple[str, str]]  # title, caption; asked for only where the figure was drawn
+
+
+GALLERY = {
+    "steps_to_target": Entry(figures.steps, captions.steps),
+    "final_metric": Entry(figures.final, captions.final),
+    "time_to_target": Entry(figures.seconds, captions.seconds),
+    "training_curves": Entry(figures.curves, captions.curves),
+}
+
+
+def draw(summary: Summary) -> dict[str, dict[str, bytes]]:
+    """Figure name -> {"svg": ..., "pdf": ...}, for those that the data allow."""
+    return figures.draw(summary, {name: entry.make for name, entry in GALLERY.items()})
