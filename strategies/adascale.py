@@ -3,7 +3,8 @@
 For a batch S times `per`: gain r = (sigma^2 + mu^2) / (sigma^2 / S + mu^2), in [1, S], where sigma^2 is the variance of the
 gradient of `per` examples and mu^2 the squared norm of the true gradient, both averaged over late steps. A step at
 r x schedule(floor(t)) counts for r iterations of the schedule: t <- t + r. The phase ends when t has gone through the whole
-schedule, which the recipe states at batch size `per`; it takes S times as many epochs at most. Made for SGD.
+schedule, which the recipe states at batch size `per`; it takes S times as many epochs at most. Made for SGD: the gain tells
+nothing of steps that are not along the gradient, so other optimizers are refused.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass, field
 from math import floor
 from typing import TYPE_CHECKING, ClassVar
 
-from strategies.backprop import Update, amend
+from strategies.backprop import Backprop, Update, amend
 from strategies.contract import Clock, Metrics, Need, Phase, Plan, PlanError, Schedule, State, Strategy, Worker, option
 from strategies.noise_probe import NoiseProbe
+from strategies.optimizers import Sgd
 
 if TYPE_CHECKING:
     from strategies.net import Net
@@ -41,9 +43,19 @@ class Adascale(Strategy):
                 f"adascale: per is {self.per}, but the batch is {phase.batch}: expected a batch as large at least"
             )
         if phase.batch == self.per:
-            return amend(phase, self)
+            return amend(phase, self, optimizer=plain_sgd)
         amended = amend(phase, self, first=(FollowGain(self.per),))
         return dataclasses.replace(amended, epochs=phase.epochs * phase.batch / self.per)
+
+
+def plain_sgd(optimizer: object) -> Sgd:
+    """`optimizer`. Raises PlanError if it is another than SGD."""
+    if not isinstance(optimizer, Sgd):
+        raise PlanError(
+            f"adascale's gain is derived for SGD, but the optimizer is {optimizer}: write `optimizer: sgd` without a "
+            "strategy that takes its place, or leave adascale out"
+        )
+    return optimizer
 
 
 def gain(trace: float, signal: float, per: int, scale: float) -> float:
@@ -65,6 +77,9 @@ class Live:
 class FollowGain(Update):
     per: int
     needs = Need.LAYER_GRADS
+
+    def suits(self, learner: Backprop) -> None:
+        plain_sgd(learner.optimizer)
 
     def init(self, net: Net, worker: Worker) -> State:
         saved = {"iterations": 0.0, "gain": 1.0, "trace": 0.0, "signal": 0.0, "weight": 0.0}

@@ -33,6 +33,9 @@ class Update:
 
     needs = Need.NOTHING
 
+    def suits(self, learner: Backprop) -> None:
+        """Raises PlanError if this update is not made for the learner that it is part of; asked after each edit of it."""
+
     def init(self, net: Net, worker: Worker) -> State:
         return State()
 
@@ -227,6 +230,8 @@ def amend(
         )
     new = {field: change(getattr(learner, field)) for field, change in changes.items()}
     learner = dataclasses.replace(learner, updates=first + learner.updates + updates, **new)
+    for update in learner.updates:
+        update.suits(learner)
     averages = [update for update in learner.updates if type(update).weights is not Update.weights]
     if len(averages) > 1:
         raise PlanError(f"{averages[0]} and {averages[1]} both average weights in phase '{phase.name}': leave one out")

@@ -13,8 +13,9 @@ from strategies.adascale import Adascale, gain
 from strategies.batch_growth import BatchGrowth
 from strategies.contract import Clock, PlanError
 from strategies.gradient_noise import estimate
+from strategies.lars import Lars
 from strategies.rate import Polynomial, Rate
-from tests.strategies.cases import with_step_decay
+from tests.strategies.cases import with_adamw, with_step_decay
 from tests.strategies.harness import EXAMPLES, baseline, train
 
 
@@ -90,6 +91,17 @@ def test_averages_are_those_of_the_estimates(tmp_path: Path) -> None:
         signal = 0.998 * signal + 0.002 * row["train_noise_signal"]
         weight = 0.998 * weight + 0.002
         assert row["train_gain"] == pytest.approx(gain(trace / weight, signal / weight, 3, 4), rel=1e-12)
+
+
+def test_other_optimizers_than_sgd_are_refused() -> None:
+    """In whichever order, and also at the batch size at which AdaScale itself changes nothing."""
+    for per in (3, 12):
+        with pytest.raises(PlanError, match=r"derived for SGD, but the optimizer is AdamW\(.*write `optimizer: sgd`"):
+            Adascale(per).edit(with_adamw(baseline()))
+    with pytest.raises(PlanError, match="derived for SGD, but the optimizer is LayerwiseSgd"):
+        Adascale(3).edit(Lars().edit(baseline()))
+    with pytest.raises(PlanError, match="derived for SGD, but the optimizer is LayerwiseSgd"):
+        Lars().edit(Adascale(3).edit(baseline()))
 
 
 def test_refusals(tmp_path: Path) -> None:
