@@ -93,5 +93,5 @@ def test_two_workers_resume_between_moves(tmp_path: Path) -> None:
 
 
 def test_one_average_of_weights_alone() -> None:
-    with pytest.raises(PlanError, match=r"Average\(half_life=1.0\) and SlowWeights\(.* both average weights"):
+    with pytest.raises(PlanError, match=r"Average\(half_life=1.0, .* and SlowWeights\(.* both average weights"):
         Lookahead().edit(Ema().edit(baseline()))

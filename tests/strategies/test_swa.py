@@ -53,7 +53,7 @@ def test_the_average_is_evaluated_and_kept(tmp_path: Path) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(PlanError, match=r"Average\(half_life=1.0\) and LateAverage\(.* both average weights"):
+    with pytest.raises(PlanError, match=r"Average\(half_life=1.0, .* and LateAverage\(.* both average weights"):
         Swa().edit(Ema().edit(baseline()))
 
 
