@@ -1,0 +1,1 @@
+"""Curvature of a network layer by layer: what natural-gradient methods share."""
