@@ -18,6 +18,7 @@ from strategies.mixup import Mixup
 from strategies.muon import Muon
 from strategies.noise_scale import NoiseScale
 from strategies.post_local_sgd import PostLocalSgd
+from strategies.stage_wise import StageWise
 from strategies.swa import Swa
 from strategies.test_time_augmentation import TestTimeAugmentation
 from strategies.whitening import Whitening
@@ -38,6 +39,7 @@ CATALOGUE: dict[str, type[Strategy]] = {
     "muon": Muon,
     "noise_scale": NoiseScale,
     "post_local_sgd": PostLocalSgd,
+    "stage_wise": StageWise,
     "swa": Swa,
     "test_time_augmentation": TestTimeAugmentation,
     "whitening": Whitening,

@@ -224,6 +224,15 @@ class ModelSpec:
         return self.build(inputs, classes, **dict(self.options))
 
 
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """Of a phase whose network reads what its first stages make of the data; these are frozen, and keep the names
+    `net.stages`. The trainer keeps it on file, one entry for each example, and computes it once for all phases alike."""
+
+    stages: int
+    store: str  # exact; fp16; uint8: between each example's least and largest value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """A stretch of a trial with one model shape, one view of the data, one way to learn."""
@@ -239,6 +248,7 @@ class Phase:
     initialise: tuple[Initialise, ...] = ()  # where no weights are carried
     maps: tuple[BatchMap, ...] = ()
     views: tuple[View, ...] = ()  # none: images are evaluated as they are
+    cache: Cache | None = None
     hands_on: bool = False  # the next phase goes on with this one's learner state, not with its weights alone
 
     def steps(self, examples: int) -> int:

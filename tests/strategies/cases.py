@@ -62,6 +62,15 @@ def with_convolutions(plan: Plan) -> Plan:
     return plan.map(lambda phase: dataclasses.replace(phase, model=ModelSpec(convolved_net)))
 
 
+def staged_net(inputs: tuple[int, ...], classes: int) -> Net:
+    first = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(inputs), 8), nn.Tanh())
+    return Net([first, nn.Sequential(nn.Linear(8, 8), nn.Tanh())], head=nn.Linear(8, classes))
+
+
+def with_stages(plan: Plan) -> Plan:
+    return plan.map(lambda phase: dataclasses.replace(phase, model=ModelSpec(staged_net)))
+
+
 @dataclass(frozen=True)
 class Case:
     acts: dict[str, Any]  # options under which the method changes the result
@@ -111,6 +120,7 @@ CASES: dict[str, Case] = {
         workers=2,
         shares=(),  # workers that step alone are not one worker
     ),
+    "stage_wise": Case(acts={"cuts": [1]}, neutral={"cuts": []}, base=with_stages),
     "swa": Case(acts={"start": 0.5}, neutral={"start": 1.0}),
     "test_time_augmentation": Case(
         acts={"shift": 1}, neutral={"mirror": False}, base=as_it_is, inputs=IMAGES, measures=True

@@ -1,0 +1,197 @@
+"""The network of one part of `stage_wise`: stages that were trained before, those that are trained now, and a head.
+
+Names in the state_dict are those of the whole network, so that each part takes over from the one before by name, and the
+last one holds the weights of the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from strategies.contract import ModelSpec, PlanError, Weights
+from strategies.net import Net
+
+if TYPE_CHECKING:
+    from strategies.stage_wise import Part
+
+CHUNK = {"cpu": 16, "cuda": 256}  # examples that frozen stages see at once
+
+
+class StagedNet(Net):
+    """`stages[:frozen]` are in evaluation mode and take no gradient. Where the network reads features, they are its input.
+
+    With earlier heads, evaluation gives the mean of all heads' logits, each head weighing `growth` times the one before.
+    With a decoder, training gives logits of features that pass no gradient on, and in one more column each example's mean
+    squared error of reconstruction.
+    """
+
+    def __init__(
+        self,
+        whole: Net,
+        ends: Sequence[int],
+        before: Iterable[nn.Module] = (),
+        growth: float = 1.0,
+        decoder: nn.Module | None = None,
+        reads_features: bool = False,
+    ):
+        super().__init__(list(whole.stages)[: ends[-1]], whole.pool, whole.head)
+        self.rate_factors = whole.rate_factors
+        self.ends, self.frozen = tuple(ends), ends[-2] if len(ends) > 1 else 0
+        self.before = nn.ModuleList(before)
+        self.growth, self.reads_features = growth, reads_features
+        if decoder is not None:
+            self.decoder = decoder
+
+    def train(self, mode: bool = True) -> StagedNet:
+        super().train(mode)
+        for module in self._done():
+            module.eval()
+        return self
+
+    def _done(self) -> Iterator[nn.Module]:
+        """What is trained no more."""
+        yield from list(self.stages)[: self.frozen]
+        yield from self.before
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.before) and not self.training:
+            return self._mean_logits(x)
+        given = x if self.reads_features else through(list(self.stages)[: self.frozen], x)
+        features = given
+        for stage in list(self.stages)[self.frozen :]:
+            features = stage(features)
+        if not (hasattr(self, "decoder") and self.training):
+            return self.head(self.pool(features))
+        error = (self.decoder(features) - given).square().flatten(1).mean(1, keepdim=True)
+        return torch.cat([self.head(self.pool(features.detach())), error], 1)
+
+    def _mean_logits(self, x: Tensor) -> Tensor:
+        logits, end = [], 0
+        for begin, end in pairwise((0, *self.ends)):
+            for stage in list(self.stages)[begin:end]:
+                x = stage(x)
+            head = self.before[len(logits)] if len(logits) < len(self.before) else nn.Sequential(self.pool, self.head)
+            logits.append(head(x))
+        weights = [self.growth**i for i in range(len(logits))]
+        return torch.stack([w * one for w, one in zip(weights, logits, strict=True)]).sum(0) / sum(weights)
+
+    def take(self, old: Weights) -> None:
+        """What the part before has trained, frozen. Its head becomes the last of the earlier heads, where these count."""
+        own = tuple(f"stages.{i}." for i in range(self.frozen))
+        found = {name: value for name, value in old.items() if name.startswith(own)}
+        if len(self.before):
+            last = f"before.{len(self.before) - 1}."
+            found |= {name: value for name, value in old.items() if name.startswith("before.")}
+            found |= {last + name.replace("pool.", "0.", 1): v for name, v in old.items() if name.startswith("pool.")}
+            found |= {last + name.replace("head.", "1.", 1): v for name, v in old.items() if name.startswith("head.")}
+        left = set(self.load_state_dict(found, strict=False).missing_keys)
+        assert not any(name.startswith((*own, "before.")) for name in left), (
+            "the part before lacks what this one freezes"
+        )
+        for module in self._done():
+            module.requires_grad_(False)
+
+
+def through(stages: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """(n, ...) -> (n, ...), in the dtype of `x` and without a gradient: what frozen stages make of the examples.
+
+    They go in chunks of a fixed size, the last one filled up, so that what an example becomes does not depend, in its last
+    bits, on the batch that it stands in.
+    """
+    stages = list(stages)
+    if not stages or not len(x):
+        return x if not stages else _run(stages, x)
+    chunk = CHUNK.get(x.device.type, CHUNK["cpu"])
+    return torch.cat([_run(stages, _filled(part, chunk))[: len(part)] for part in x.split(chunk)])
+
+
+@torch.no_grad()
+def _run(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
+    dtype = x.dtype
+    for stage in stages:
+        x = stage(x)
+    return x.to(dtype)
+
+
+def _filled(x: Tensor, size: int) -> Tensor:
+    """`x` with zeros behind it, in the same memory layout."""
+    if len(x) == size:
+        return x
+    layout = torch.channels_last if channels_last(x) else torch.contiguous_format
+    out = torch.empty((size, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout).zero_()
+    out[: len(x)] = x
+    return out
+
+
+def channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------------------ building
+
+
+def build(inputs: tuple[int, ...], classes: int, model: ModelSpec, part: Part) -> StagedNet:
+    """Raises PlanError where the network cannot be cut as the part has it."""
+    net = model(inputs, classes)
+    if type(net).forward is not Net.forward:
+        raise PlanError(f"stage_wise cuts a row of stages, but {type(net).__name__} has a forward pass of its own")
+    count, ends = len(net.stages), [count_or(end, len(net.stages)) for end in part.ends]
+    if any(a >= b for a, b in pairwise((0, *ends))) or ends[-1] > count:
+        raise PlanError(f"stage_wise: cuts after stages {ends[:-1]} leave a part empty: the network has {count} stages")
+    shapes = list(_shapes(net, inputs, ends))
+    before = [nn.Sequential(*_head(model, kind, shape, inputs, classes, end))
+              for kind, shape, end in zip(part.heads[:-1], shapes[1:], ends, strict=False)] if part.growth else []  # fmt: skip
+    if part.heads[-1] != "own":
+        net.pool, net.head = _head(model, part.heads[-1], shapes[-1], inputs, classes, ends[-1])
+    decoder = _decoder(shapes[-1], shapes[-2]) if part.reconstructs else None
+    return StagedNet(net, ends, before, part.growth or 1.0, decoder, part.cached)
+
+
+def count_or(end: int | None, count: int) -> int:
+    return count if end is None else end
+
+
+def _shapes(net: Net, inputs: tuple[int, ...], ends: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Of an example at the input, and at each end."""
+    net.eval()
+    x = torch.zeros(1, *inputs)
+    yield inputs
+    with torch.no_grad():
+        for begin, end in pairwise((0, *ends)):
+            for stage in list(net.stages)[begin:end]:
+                x = stage(x)
+            yield tuple(x.shape[1:])
+    net.train()
+
+
+def _head(
+    model: ModelSpec, kind: str, shape: tuple[int, ...], inputs: tuple[int, ...], classes: int, end: int
+) -> tuple[nn.Module, nn.Module]:
+    """Pool and head for features of one shape."""
+    if kind == "own":
+        from strategies.stage_wise import first
+
+        net = first(model, end)(inputs, classes)
+        return net.pool, net.head
+    images = len(shape) == 3
+    if kind == "linear" or not images:
+        size = math.prod(shape)
+        deep = [nn.Linear(size, size), nn.ReLU()] if kind == "network" else []
+        return nn.Flatten(), nn.Sequential(*deep, nn.Linear(size, classes))
+    deep: list[Any] = [nn.Conv2d(shape[0], shape[0], 3, padding=1), nn.ReLU()] if kind == "network" else []
+    pool = nn.Sequential(*deep, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return pool, nn.Sequential(nn.Linear(shape[0], classes))
+
+
+def _decoder(features: tuple[int, ...], given: tuple[int, ...]) -> nn.Module:
+    """From a part's output back to what it was given: a convolution of enlarged images, or a linear layer."""
+    if len(features) == len(given) == 3:
+        return nn.Sequential(nn.Upsample(given[1:]), nn.Conv2d(features[0], given[0], 3, padding=1))
+    linear = nn.Linear(math.prod(features), math.prod(given))
+    return nn.Sequential(nn.Flatten(), linear, nn.Unflatten(1, given))
