@@ -4,6 +4,8 @@ Up to `start`, gradients are averaged at each step. From then on each of W worke
 batch, and weights are averaged after every `period` steps and after the last. Momentum stays each worker's own. Rows show
 the mean of all workers' weights, and training goes on from each worker's own, so that logging changes nothing; for that,
 each row costs every worker memory and traffic of all workers' weights and momentum, so keep rows far apart on many workers.
+Running statistics of batch norms are the mean over workers; `ghost_batch_norm` with `statistics: mean` makes one small
+collective of its own at each step, also when workers step alone, and with `in_order` none.
 """
 
 from __future__ import annotations

@@ -94,7 +94,8 @@ def _grid_paths(recipe: Recipe) -> Iterator[Finding]:
         yield from (f for path in paths if (f := _unused_variant(recipe, arm, path, ("grid", path))))
     for place, search, arms in search_checks.searches(recipe):
         for path in space.axes(search):
-            yield from (f for a in arms if (f := _unused_variant(recipe, a, path, (*place, "space", path))))
+            lacks = search_checks.lacking if path.startswith("strategies.") else _unused_variant
+            yield from (f for a in arms if (f := lacks(recipe, a, path, (*place, "space", path))))
 
 
 def _unused_variant(recipe: Recipe, arm: str, path: str, place: Path) -> Finding | None:
@@ -143,7 +144,7 @@ def _base(base: Base) -> Iterator[tuple[list[str], str]]:
 def _origin(recipe: Recipe, point: Point, *paths: Path) -> Path:
     """Where the recipe states one of `paths`: in the grid, else in the arm, else in the base, else nowhere exactly."""
     data = resolve.stated(recipe)
-    dotted = [".".join(str(key) for key in path) for path in paths]
+    dotted = [".".join(key for key in path if isinstance(key, str)) for path in paths]
     in_grid: list[Path] = [("grid", axis) for axis in point.values for d in dotted if _overlap(axis, d)]
     in_space: list[Path] = [(*way, "space", axis[1]) for axis in in_grid for way in _ways(point.arm)]
     in_arm: list[Path] = [("arms", point.arm, *path) for path in paths]

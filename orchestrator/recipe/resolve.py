@@ -31,14 +31,22 @@ def stated(model: BaseModel) -> dict[str, Any]:
 
 
 def merge(kind: Any, old: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
-    """`old` with `patch` in it: maps merge deeply, all else is replaced, and of alternatives the patch's own stay."""
+    """`old` with `patch` in it: maps merge deeply, all else is replaced, and of alternatives the patch's own stay.
+
+    A map in the place of a list of choices, such as strategies, goes by their names into those that are listed.
+    """
     model = model_in(kind)
     alternatives = model.alternatives() if model else []
     replaced = alternatives if any(key in alternatives for key in patch) else []
     merged = {key: value for key, value in old.items() if key not in replaced or key in patch}
     for key, value in patch.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(below(kind, key), merged[key], value) if both else value
+        inside, inner = merged.get(key), below(kind, key)
+        if isinstance(value, dict) and isinstance(inside, dict):
+            merged[key] = merge(inner, inside, value)
+        elif isinstance(value, dict) and isinstance(inside, list):
+            merged[key] = [merge(below(inner, 0), one, {k: v for k, v in value.items() if k in one}) for one in inside]
+        else:
+            merged[key] = value
     return merged
 
 
@@ -60,7 +68,7 @@ class Point:
 
     arm: str
     values: dict[str, Any]  # by dotted path
-    data: dict[str, Any]  # base, workload and precision, merged
+    data: dict[str, Any]  # base, workload, precision and strategies, merged
 
     def at(self, values: dict[str, Any]) -> Point:
         """With these values too."""
@@ -73,9 +81,10 @@ def axes(recipe: Recipe) -> dict[str, list[Any]]:
 
 
 def arm_data(recipe: Recipe, arm: str) -> dict[str, Any]:
-    """Base, workload and precision of an arm, with every default filled in."""
+    """Base, workload, precision and strategies of an arm, with every default filled in."""
     shared = recipe.model_dump(mode="json", by_alias=True, exclude_none=True, include={"base", "workload", "precision"})
-    return merge(Recipe, shared, {"base": stated(recipe.arms[arm].base)})
+    strategies = [{name: options} for name, options in methods(recipe, recipe.arms[arm])]
+    return merge(Recipe, shared, {"base": stated(recipe.arms[arm].base)}) | {"strategies": strategies}
 
 
 def points(recipe: Recipe) -> Iterator[Point]:
@@ -140,7 +149,7 @@ def trial_at(
         role="tuning" if search_of(recipe, point.arm) else "grid",
         workload=workload,
         base=Base.model_validate(point.data["base"]),
-        strategies=methods(recipe, recipe.arms[point.arm]),
+        strategies=tuple(pair for one in point.data["strategies"] for pair in one.items()),
         precision=precision if point.data["precision"] == "auto" else point.data["precision"],
         data=fingerprint(workload.data),
         engine=recipe.engine,

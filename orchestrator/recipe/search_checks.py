@@ -45,6 +45,17 @@ def _space(path: Path, search: Search) -> Iterator[Finding]:
             yield Finding((*path, "space", name, axis.name), f"expected [low, high], got [{low:g}, {high:g}]")
 
 
+def lacking(recipe: Recipe, arm: str, path: str, place: Path) -> Finding | None:
+    """A path to an option of a strategy that the arm does not have, or has more than once."""
+    name = path.split(".")[1]
+    found = sum(method == name for method, _ in resolve.methods(recipe, recipe.arms[arm]))
+    if found == 1:
+        return None
+    if found:
+        return Finding(place, f"arm {arm} has {name} {found} times, expected once")
+    return Finding(place, f"arm {arm} has no {name}: give the arms that have it a search of their own")
+
+
 def _grid(recipe: Recipe, path: Path, search: Search) -> Iterator[Finding]:
     for name in space.axes(search):
         for axis in resolve.axes(recipe):

@@ -9,6 +9,7 @@ from pydantic import Field
 from orchestrator.recipe.choices import WHOLE, Choice, Count, Empty, Model, Positive
 from orchestrator.recipe.derive import space_over
 from orchestrator.recipe.schema import Base
+from orchestrator.recipe.strategy_schema import StrategyChoice
 
 TWO: Any = {"min_length": 2, "max_length": 2}
 Factor = Annotated[int, Field(ge=2, le=100), WHOLE]
@@ -72,13 +73,15 @@ class Prune(Choice):
 if TYPE_CHECKING:
     Space: TypeAlias = Model
 else:
-    Space = space_over(Axis, base=Base)
+    Space = space_over(Axis, base=Base, strategies=StrategyChoice)
 
 
 class Search(Model):
     """A search of its own in each cell: each arm at each point of the grid."""
 
-    space: Space = Field(description="by dotted path: {base.rate.peak: {log_uniform: [0.01, 10]}}")
+    space: Space = Field(
+        description="by dotted path: {base.rate.peak: {log_uniform: [0.01, 10]}, strategies.lars.trust: ...}"
+    )
     points: Annotated[int, Field(ge=1, le=10_000), WHOLE] = Field(
         default=20, description="tried in each cell, the same ones at every batch size"
     )

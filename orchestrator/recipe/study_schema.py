@@ -7,19 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
-from orchestrator.recipe.choices import Choice, Count, Model, Name, Positive
-from orchestrator.recipe.derive import choice_of, grid_over, patch_of
+from orchestrator.recipe.choices import Count, Model, Name, Positive
+from orchestrator.recipe.derive import grid_over, patch_of
 from orchestrator.recipe.schema import Base, Checkpoint, Cluster, Ddp, Engine, Precision, Speed, Tracking
 from orchestrator.recipe.search_schema import Search
+from orchestrator.recipe.strategy_schema import StrategyChoice
 from orchestrator.recipe.workload_schema import Workload
-from strategies import CATALOGUE
 
 if TYPE_CHECKING:
-    StrategyChoice: TypeAlias = Choice
     BasePatch: TypeAlias = Base
     Grid: TypeAlias = Model
 else:
-    StrategyChoice = choice_of(CATALOGUE)
     BasePatch = patch_of(Base)
     # "auto" may be the same as another value, so it cannot be crossed with them
     Grid = grid_over(base=Base, workload=Workload, precision=Literal["fp32", "bf16", "fp64"])

@@ -20,6 +20,7 @@ from orchestrator.recipe.search_schema import Axis
 from orchestrator.search import space
 from orchestrator.search.designs import design
 from orchestrator.search.optuna_sampler import propose
+from orchestrator.search.stages import Stages
 
 RECIPE = """\
 study: s
@@ -177,6 +178,47 @@ def test_an_arm_may_be_searched_in_its_own_way() -> None:
     assert size(recipe(arms)) == 3 * (6 + 5) + 3 * (6 + 1)
 
 
+METHODS = (
+    "strategies=[{label_smoothing: {amount: 0.1}}]",
+    "arms={a: {strategies: [{mixup: {alpha: 0.3}}, ema]}}",
+    "search.space={strategies.mixup.alpha: {uniform: [0.1, 0.9]}, strategies.label_smoothing.amount: {uniform: [0, 0.3]}}",
+)
+
+
+def test_options_of_strategies_are_searched() -> None:
+    """Those of the study and of the arm; what is not searched stays as the recipe has it."""
+    trials = expand(recipe(*METHODS), "data", "fp32")
+    for t in trials:
+        assert [name for name, _ in t.strategies] == ["label_smoothing", "mixup", "ema"]
+        smoothing, mixup, ema = (options for _, options in t.strategies)
+        assert smoothing == {"amount": t.point["strategies.label_smoothing.amount"]}
+        assert mixup["alpha"] == t.point["strategies.mixup.alpha"]
+        assert ema == recipe(*METHODS).arms["a"].strategies[1].options.model_dump()
+    assert len({t.id for t in trials}) == 18 and min(t.strategies[1][1]["alpha"] for t in trials) >= 0.1
+
+
+def test_the_winner_has_the_options_that_won() -> None:
+    results: dict[str, Any] = {}
+    stages = Stages(recipe(*METHODS, "search.winners=2"), lambda data: "data", "fp32", results.get)
+    for t in stages.trials:
+        target = {"reached": True, "step": round(1000 * abs(t.strategies[1][1]["alpha"] - 0.6))}
+        results[t.id] = {"status": "done", "target": target, "final": {"test_accuracy": 0.9}, "point": t.point}
+    best = min(stages.trials, key=lambda t: results[t.id]["target"]["step"])
+    assert stages.update()
+    winners = [t for t in stages.trials if t.role == "winner"]
+    assert len(winners) == 6 and {t.seed for t in winners} == {1, 2}
+    assert all(t.strategies == best.strategies for t in winners)
+
+
+def test_an_arm_without_the_strategy_may_be_searched_in_its_own_way() -> None:
+    arms = (
+        "arms={plain: {}, smooth: {strategies: [label_smoothing], search: {points: 6, space: {base.rate.peak: {log_uniform: "
+        "[0.01, 10]}, strategies.label_smoothing.amount: {uniform: [0, 0.3]}}}}}"
+    )
+    trials = expand(recipe(arms), "data", "fp32")
+    assert {len(t.strategies) for t in trials if t.arm == "plain"} == {0} and len(trials) == 36
+
+
 def test_a_resolved_recipe_reads_back_the_same() -> None:
     first = recipe("search.method={optuna: {sampler: gp}}", "search.prune=exact")
     again = loads(dump(resolved(first)), "resolved.yaml")
@@ -199,6 +241,12 @@ def test_a_resolved_recipe_reads_back_the_same() -> None:
             "search.space={base.optimizer.adamw.beta1: {uniform: [0, 0.9]}}",
             "arm base has base.optimizer sgd, not adamw",
         ),
+        (
+            "search.space={strategies.mixup.alpha: {uniform: [0, 1]}}",
+            "search.space.strategies.mixup.alpha: arm base has no mixup: give the arms that have it a search of their own",
+        ),
+        ("search.space={strategies.mixup.alfa: {uniform: [0, 1]}}", 'did you mean "strategies.mixup.alpha"?'),
+        ("search.space={strategies.ghost_batch_norm.size: {uniform: [0, 1]}}", "size: unknown key"),  # no real number
         ("search.points=0", "search.points: expected >= 1, got 0"),
         ("search.points=9999", "search: makes 30012 trials, expected at most 10000"),
         ("search.method=sobel", 'text "sobel" is not known, did you mean "sobol"?'),
@@ -208,6 +256,15 @@ def test_a_resolved_recipe_reads_back_the_same() -> None:
 )
 def test_what_is_wrong_is_told(change: str, said: str) -> None:
     assert said in problem(change)
+
+
+def test_options_of_strategies_keep_their_limits() -> None:
+    methods = [*METHODS[:2], "search.space={strategies.mixup.alpha: {uniform: [-2, -1]}}"]
+    assert "search.space.strategies.mixup.alpha: expected >= 0, got -1." in problem(*methods)
+    twice = [METHODS[0], "arms={a: {strategies: [{label_smoothing: {amount: 0.2}}]}}"]
+    assert "arm a has label_smoothing 2 times, expected once" in problem(
+        *twice, "search.space={strategies.label_smoothing.amount: {uniform: [0, 0.5]}}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,15 @@ import torch
 from cluster.engines import make_worker
 from strategies.contract import Clock, Plan, PlanError, Worker, mix
 from strategies.ema import Ema
+from strategies.ghost_batch_norm import GhostBatchNorm
+from strategies.ghost_layer import ghosts, split
 from strategies.gradient_clipping import GradientClipping
+from strategies.net import Net
 from strategies.optimizers import Sgd
 from strategies.post_local_sgd import LocalSteps, OpenModel, PostLocalSgd
 from strategies.rate import Rate
 from strategies.swa import Swa
-from tests.strategies.cases import with_adamw
+from tests.strategies.cases import normalised_net, with_adamw, with_batch_norm
 from tests.strategies.harness import CLASSES, WIDTH, Blobs, Pair, baseline, distance, tiny_net, train
 from tests.workers import run_workers
 
@@ -59,10 +62,10 @@ def test_before_the_start_nothing_changes(pair: Pair, tmp_path: Path) -> None:
     assert distance(never, usual) < EXACT
 
 
-def by_hand(period: int, steps: int = 12) -> dict[str, torch.Tensor]:
+def by_hand(period: int, steps: int = 12, make: Callable[[], Net] = lambda: tiny_net((WIDTH,), CLASSES)) -> list[Net]:
     """Two workers with SGD written out, on the halves of each batch of 12, momentum their own."""
     torch.manual_seed(mix(0, "init", 0))
-    nets = [tiny_net((WIDTH,), CLASSES).double() for _ in range(2)]
+    nets = [make().double() for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
     buffers: list[dict[str, torch.Tensor]] = [{}, {}]
     for step in range(steps):
@@ -70,6 +73,9 @@ def by_hand(period: int, steps: int = 12) -> dict[str, torch.Tensor]:
             batch = Blobs().train(step * 12 + rank * 6, step * 12 + rank * 6 + 6)
             loss = torch.nn.functional.cross_entropy(net(batch.x), batch.y)
             names, weights = zip(*net.named_parameters(), strict=True)
+            for layer in ghosts(net):
+                if not layer.in_order:
+                    layer.absorb(layer.sums)
             for name, w, g in zip(names, weights, torch.autograd.grad(loss, weights), strict=True):
                 buffers[rank][name] = 0.9 * buffers[rank].get(name, 0.0) + g
                 w.data -= 0.1 * buffers[rank][name]
@@ -77,7 +83,7 @@ def by_hand(period: int, steps: int = 12) -> dict[str, torch.Tensor]:
             for a, b in zip(*(net.parameters() for net in nets), strict=True):
                 a.data = b.data = (a.data + b.data) / 2
                 b.data = a.data.clone()
-    return nets[0].state_dict()
+    return nets
 
 
 @pytest.mark.parametrize("period", [1, 5, 6, 20])
@@ -88,8 +94,48 @@ def test_two_workers_by_hand(period: int, log_steps: int, pair: Pair, tmp_path: 
         lambda p: replace(p, learner=replace(p.learner, optimizer=Sgd(momentum=0.9), rate=Rate(0.1)))  # type: ignore[type-var]
     )
     local = pair.train(PostLocalSgd(start=0.0, period=period).edit(usual), tmp_path, log_steps=log_steps)
-    wanted = by_hand(period)
+    wanted = by_hand(period)[0].state_dict()
     assert max(float((local.weights[k] - wanted[k]).abs().max()) for k in wanted) < EXACT
+
+
+ghostly = pytest.mark.parametrize("statistics", ["mean", "in_order"])
+
+
+def with_ghosts(plan: Plan, statistics: Any) -> Plan:
+    """Batch norms over parts of 3 of the 6 examples that each worker has of a batch."""
+    return GhostBatchNorm(3, statistics).edit(with_batch_norm(plan))
+
+
+@ghostly
+def test_ghost_batch_norm_with_a_period_of_one_is_that_of_synchronous_sgd(
+    statistics: str, pair: Pair, tmp_path: Path
+) -> None:
+    """Running statistics too, whichever of the two comes first in the recipe."""
+    usual = pair.train(with_ghosts(baseline(), statistics), tmp_path / "usual")
+    always = PostLocalSgd(start=0.0, period=1)
+    for name, plan in (
+        ("after", always.edit(with_ghosts(baseline(), statistics))),
+        ("before", with_ghosts(always.edit(baseline()), statistics)),
+    ):
+        assert distance(pair.train(plan, tmp_path / name), usual) < EXACT
+
+
+@ghostly
+@pytest.mark.parametrize("log_steps", [1, 12])
+def test_ghost_batch_norm_of_workers_that_step_alone_by_hand(
+    statistics: str, log_steps: int, pair: Pair, tmp_path: Path
+) -> None:
+    """Each worker normalises parts of its own examples with its own weights; running statistics are the mean of both."""
+    usual = baseline().map(
+        lambda p: replace(p, learner=replace(p.learner, optimizer=Sgd(momentum=0.9), rate=Rate(0.1)))  # type: ignore[type-var]
+    )
+    plan = PostLocalSgd(start=0.0, period=5).edit(with_ghosts(usual, statistics))
+    found = pair.train(plan, tmp_path, log_steps=log_steps).weights
+    nets = by_hand(5, make=lambda: split(normalised_net((WIDTH,), CLASSES), 3, statistics == "in_order"))
+    one, other = (net.state_dict() for net in nets)
+    assert not torch.equal(one["stages.0.1.running_mean"], other["stages.0.1.running_mean"])
+    for name, value in found.items():
+        assert torch.allclose(value.double(), (one[name].double() + other[name].double()) / 2, rtol=0, atol=EXACT), name
 
 
 @pytest.mark.parametrize("base", [lambda plan: plan, with_adamw], ids=["sgd", "adamw"])
