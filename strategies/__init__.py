@@ -14,6 +14,7 @@ from strategies.label_smoothing import LabelSmoothing
 from strategies.lamb import Lamb
 from strategies.lars import Lars
 from strategies.lookahead import Lookahead
+from strategies.loss_smoothing import LossSmoothing
 from strategies.mixup import Mixup
 from strategies.muon import Muon
 from strategies.noise_scale import NoiseScale
@@ -35,6 +36,7 @@ CATALOGUE: dict[str, type[Strategy]] = {
     "lamb": Lamb,
     "lars": Lars,
     "lookahead": Lookahead,
+    "loss_smoothing": LossSmoothing,
     "mixup": Mixup,
     "muon": Muon,
     "noise_scale": NoiseScale,

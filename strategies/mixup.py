@@ -9,12 +9,9 @@ from __future__ import annotations
 import dataclasses
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from strategies.contract import Batch, Clock, Phase, Plan, Strategy, Stream, option
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from strategies.soft_labels import soft
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +35,5 @@ class MixAhead:
         share = random.Random(clock.noise("mixup").initial_seed()).betavariate(self.alpha, self.alpha)
         partner = stream.ahead(clock.batch)
         x = batch.x.lerp(partner.x, 1 - share)
-        soft, others = (_soft(y, stream.classes, x) for y in (batch.y, partner.y))
-        return dataclasses.replace(batch, x=x, y=soft.lerp(others, 1 - share))
-
-
-def _soft(y: Tensor, classes: int, like: Tensor) -> Tensor:
-    """(n, classes) labels as shares, in the dtype of `like`."""
-    from torch.nn.functional import one_hot
-
-    return (y if y.ndim == 2 else one_hot(y, classes)).to(like.dtype)
+        own, others = (soft(y, stream.classes, x) for y in (batch.y, partner.y))
+        return dataclasses.replace(batch, x=x, y=own.lerp(others, 1 - share))

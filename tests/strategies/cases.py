@@ -111,6 +111,12 @@ CASES: dict[str, Case] = {
     "lamb": Case(acts={}, neutral={"trust": False}, base=with_adamw),
     "lars": Case(acts={"trust": 0.1}, neutral={"trust": 0.0, "form": "torch"}),
     "lookahead": Case(acts={"every": 2, "power": 3}, neutral={"every": 3, "alpha": 1}),
+    "loss_smoothing": Case(
+        acts={"alpha": 0.4, "erase": 0.5, "sigma": 0.1, "draws": 2, "antithetic": True, "anneal": "linear"},
+        neutral={"alpha": 0.0},
+        inputs=IMAGES,
+        repeats=False,  # shares and holes are drawn per example
+    ),
     "mixup": Case(acts={"alpha": 0.4}, neutral={"alpha": 0.0}),
     "muon": Case(acts={"rate": 0.5}, neutral={"smallest": 1000}),
     "noise_scale": Case(acts={}, neutral={}, micro=6, measures=True),

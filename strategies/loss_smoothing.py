@@ -1,0 +1,66 @@
+"""Loss smoothing for large batches, in inputs or in weights (after Naganuma & Yokota 2019, CCGRID).
+
+Natural gradients at large batches find sharp minima of the training loss; that paper smooths the loss, and the group's later
+ImageNet runs mix examples in a running fashion and erase parts of images (Osawa et al. 2019, arXiv 1811.12019). Smoothing goes
+with any optimizer here. `alpha`: running mixup (strategies/running_mixup.py); `erase`: random erasing, after all mixing;
+`sigma`: E L(w + u) over Gaussian u. Each may fall to 0 over a phase: graduated optimisation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from strategies.backprop import Gradient, amend
+from strategies.contract import Clock, Phase, Plan, Schedule, Strategy, option
+from strategies.random_erasing import SMALLEST, Erase
+from strategies.rate import Constant, Cosine, Polynomial
+from strategies.running_mixup import RunningMixup
+from strategies.weight_noise import WeightNoise
+
+FALLS = {"none": Constant(), "linear": Polynomial(), "cosine": Cosine()}
+
+
+@dataclass(frozen=True, slots=True)
+class LossSmoothing(Strategy):
+    alpha: float = option(0.4, "running mixup: both parameters of the Beta distribution of shares; 0: none", ge=0)
+    erase: float = option(0.0, "random erasing: probability per image; 0: none", ge=0, le=1)
+    erase_area: float = option(0.25, "share of an image that is erased at most", ge=SMALLEST, le=1)
+    erase_aspect: float = option(0.3, "shorter over longer side of what is erased, at least", gt=0, le=1)
+    sigma: float = option(0.0, "weight noise: its standard deviation; 0: none", ge=0)
+    relative: bool = option(True, "sigma counts in root mean squares of each parameter, else it is absolute")
+    draws: int = option(1, "draws of the weight noise per step, each of a forward and a backward pass", ge=1)
+    antithetic: bool = option(False, "take the weight noise with either sign, in twice the passes")
+    anneal: Literal["none", "linear", "cosine"] = option(
+        "none", "how alpha, erase and sigma fall to 0 over each phase, if at all"
+    )
+
+    def edit(self, plan: Plan) -> Plan:
+        return plan.map(self._amend)
+
+    def _amend(self, phase: Phase) -> Phase:
+        if self.alpha:  # first of all maps: it mixes what stands in the stream
+            phase = dataclasses.replace(phase, maps=(RunningMixup(self._strength(self.alpha)), *phase.maps))
+        return amend(phase, self, gradient=self._gradient)
+
+    def _gradient(self, inner: Gradient) -> Gradient:
+        if self.sigma:
+            inner = WeightNoise(inner, self._strength(self.sigma), self.draws, self.antithetic, self.relative)
+        if self.erase:
+            inner = Erase(inner, self._strength(self.erase), self.erase_area, self.erase_aspect)
+        return inner
+
+    def _strength(self, full: float) -> Schedule:
+        return Strength(full, FALLS[self.anneal])
+
+
+@dataclass(frozen=True, slots=True)
+class Strength:
+    """How strongly to smooth at each step of a phase."""
+
+    full: float
+    fall: Constant | Polynomial | Cosine
+
+    def __call__(self, clock: Clock) -> float:
+        return self.full * self.fall(clock.done)
