@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from orchestrator.recipe.choices import WHOLE, Choice, Empty, ImportPath, Model, OneOf, Positive, Side
 
@@ -63,12 +63,23 @@ class Airbench(Model):
     )
 
 
+class PlainCnn(Model):
+    stages: Annotated[
+        list[Annotated[str, StringConstraints(pattern=r"^(C[1357]|P)( (C[1357]|P))*$")]], Field(min_length=1, max_length=64)
+    ] = Field(
+        default=["C3 C3 P"],
+        description="of each stage its layers: C3, a 3x3 convolution with ReLU (C1, C5, C7 likewise), P, a 2x2 max-pool",
+    )
+    width: Positive = Field(default=32, description="channels of each convolution")
+
+
 class Network(Choice):
     mlp: Mlp | None = None
     small_cnn: SmallCnn | None = None
     resnet: Resnet | None = None
     vgg: Vgg | None = None
     airbench: Airbench | None = None
+    plain_cnn: PlainCnn | None = None
     import_: ImportPath | None = Field(
         default=None, alias="import", description="package.module:function; needs --allow-code"
     )

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orchestrator.workloads.plain_cnn import plain_cnn
 from strategies.contract import PlanError
 from strategies.net import Net
 
@@ -168,6 +169,7 @@ def imported(inputs: tuple[int, ...], classes: int, path: str) -> Net:
 
 BUILDERS: dict[str, Callable[..., Net]] = {
     "mlp": mlp, "small_cnn": small_cnn, "resnet": resnet, "vgg": vgg, "airbench": airbench, "import": imported,
+    "plain_cnn": plain_cnn,
 }  # fmt: skip
 
 
