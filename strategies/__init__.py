@@ -10,6 +10,7 @@ from strategies.dirac import Dirac
 from strategies.ema import Ema
 from strategies.ghost_batch_norm import GhostBatchNorm
 from strategies.gradient_clipping import GradientClipping
+from strategies.kernel_rescale import KernelRescale
 from strategies.label_smoothing import LabelSmoothing
 from strategies.lamb import Lamb
 from strategies.lars import Lars
@@ -19,6 +20,7 @@ from strategies.mixup import Mixup
 from strategies.muon import Muon
 from strategies.noise_scale import NoiseScale
 from strategies.post_local_sgd import PostLocalSgd
+from strategies.progressive_resize import ProgressiveResize
 from strategies.stage_wise import StageWise
 from strategies.swa import Swa
 from strategies.test_time_augmentation import TestTimeAugmentation
@@ -32,6 +34,7 @@ CATALOGUE: dict[str, type[Strategy]] = {
     "ema": Ema,
     "ghost_batch_norm": GhostBatchNorm,
     "gradient_clipping": GradientClipping,
+    "kernel_rescale": KernelRescale,
     "label_smoothing": LabelSmoothing,
     "lamb": Lamb,
     "lars": Lars,
@@ -41,6 +44,7 @@ CATALOGUE: dict[str, type[Strategy]] = {
     "muon": Muon,
     "noise_scale": NoiseScale,
     "post_local_sgd": PostLocalSgd,
+    "progressive_resize": ProgressiveResize,
     "stage_wise": StageWise,
     "swa": Swa,
     "test_time_augmentation": TestTimeAugmentation,

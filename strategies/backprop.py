@@ -134,9 +134,12 @@ class Backprop:
 
     def init(self, net: Net, worker: Worker) -> State:
         optimizer = self.optimizer(net)
+        names = {id(p): name for name, p in net.named_parameters()}
+        order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         updates = [update.init(net, worker) for update in self.updates]
         model = worker.prepare(net, optimizer, open_model=Need.OPEN_MODEL in self.needs)
         saved = {"net": net, "optimizer": worker.whole(optimizer), "updates": updates, "engine": worker.memory}
+        saved["names"] = order  # of the optimizer's parameters, which it knows by number
         return State(saved, Live(net, model, optimizer, worker))
 
     def step(self, state: State, batches: Sequence[Batch], clock: Clock) -> Metrics:

@@ -80,6 +80,7 @@ def options_of(strategy: type[Strategy]) -> type[Model]:
     for f in dataclasses.fields(strategy):
         limited = _limited(hints[f.name], f.metadata.get("limits", {}))
         default = ... if f.default is dataclasses.MISSING else f.default
+        default = list(default) if isinstance(default, tuple) else default  # as a recipe would write it
         options[f.name] = (limited, Field(default, description=f.metadata.get("doc")))
     return create_model(f"{strategy.__name__}Options", __base__=Model, __doc__=_purpose(strategy), **options)
 

@@ -62,6 +62,17 @@ def with_convolutions(plan: Plan) -> Plan:
     return plan.map(lambda phase: dataclasses.replace(phase, model=ModelSpec(convolved_net)))
 
 
+def pooled_net(inputs: tuple[int, ...], classes: int, kernel: int) -> Net:
+    convolution = nn.Conv2d(inputs[0], 16, kernel, padding=kernel // 2)
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return Net([nn.Sequential(convolution, nn.Tanh())], pool, nn.Linear(16, classes))
+
+
+def with_large_kernels(plan: Plan) -> Plan:
+    model = ModelSpec(pooled_net, (("kernel", 5),))
+    return plan.map(lambda phase: dataclasses.replace(phase, model=model))
+
+
 def staged_net(inputs: tuple[int, ...], classes: int) -> Net:
     first = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(inputs), 8), nn.Tanh())
     return Net([first, nn.Sequential(nn.Linear(8, 8), nn.Tanh())], head=nn.Linear(8, classes))
@@ -107,6 +118,9 @@ CASES: dict[str, Case] = {
         repeats=False,
     ),
     "gradient_clipping": Case(acts={"norm": 0.05}, neutral={"norm": 1e9}),
+    "kernel_rescale": Case(
+        acts={"shares": [0.3], "kernels": [3]}, neutral={"shares": []}, base=with_large_kernels, inputs=IMAGES
+    ),
     "label_smoothing": Case(acts={"amount": 0.2}, neutral={"amount": 0.0}),
     "lamb": Case(acts={}, neutral={"trust": False}, base=with_adamw),
     "lars": Case(acts={"trust": 0.1}, neutral={"trust": 0.0, "form": "torch"}),
@@ -125,6 +139,12 @@ CASES: dict[str, Case] = {
         neutral={"period": 1},
         workers=2,
         shares=(),  # workers that step alone are not one worker
+    ),
+    "progressive_resize": Case(
+        acts={"increment": 1, "steps": 1, "delay": 0.3},
+        neutral={"scale": 1.0},
+        base=with_large_kernels,
+        inputs=IMAGES,
     ),
     "stage_wise": Case(acts={"cuts": [1]}, neutral={"cuts": []}, base=with_stages),
     "swa": Case(acts={"start": 0.5}, neutral={"start": 1.0}),

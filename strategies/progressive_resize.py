@@ -1,0 +1,71 @@
+"""Progressive resizing: the run begins on small images, which grow in steps to their full size (Howard 2018, fast.ai).
+
+Of the run, the share `delay` is trained on images of `scale` times their sides, the last share, `finetune`, on whole ones,
+and in between sides grow evenly, in `steps` sizes. Each size is a phase of its own, evaluated on images of that size; the
+network is the same in all, so it has to end in global pooling. Weights, learner state and schedule of the rate go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from strategies.contract import ModelSpec, Plan, PlanError, Strategy, option
+from strategies.resizing import Recalibrate, Resize, cut, only_phase, resized
+
+if TYPE_CHECKING:
+    from strategies.net import Net
+
+
+@dataclass(frozen=True, slots=True)
+class ProgressiveResize(Strategy):
+    scale: float = option(0.5, "side of the first images over that of whole ones; 1: no resizing", gt=0, le=1)
+    delay: float = option(0.5, "share of the epochs before images grow", ge=0, lt=1)
+    finetune: float = option(0.2, "share of the epochs, the last ones, on whole images", gt=0, le=1)
+    steps: int = option(3, "sizes between the first and the whole one", ge=0, le=64)
+    increment: int = option(4, "sides are multiples of so many pixels", ge=1)
+    examples: int = option(
+        1024, "training examples, at most, over which batch norms' statistics are estimated anew; 0: none", ge=0
+    )
+
+    def __post_init__(self) -> None:
+        Strategy.__post_init__(self)
+        if self.delay + self.finetune > 1:
+            raise PlanError(f"ProgressiveResize: delay + finetune is {self.delay + self.finetune:g}, expected <= 1")
+
+    def edit(self, plan: Plan) -> Plan:
+        if self.scale == 1:
+            return plan
+        phase = only_phase(plan, self)
+        sizes = [(share, Resize(scale, self.increment)) for share, scale in self.schedule() if share > 0]
+        parts = cut(
+            phase, self, [share for share, _ in sizes], [resize for _, resize in sizes], (Recalibrate(self.examples),)
+        )
+        models = [ModelSpec(sizeless, (("model", phase.model), ("resize", resize))) for _, resize in sizes]
+        return Plan(
+            tuple(dataclasses.replace(part, model=model) for part, model in zip(parts, models, strict=True)), plan.roles
+        )
+
+    def schedule(self) -> list[tuple[float, float]]:
+        """(share of the epochs, scale) of each phase. The ramp is linear; each of its sizes is the one at half its time."""
+        ramp = max(1 - self.delay - self.finetune, 0.0)
+        grown = [(ramp / self.steps, self.scale + (1 - self.scale) * (n + 0.5) / self.steps) for n in range(self.steps)]
+        first = self.delay if self.steps else self.delay + ramp
+        return [(first, self.scale), *grown, (self.finetune, 1.0)]
+
+
+def sizeless(inputs: tuple[int, ...], classes: int, model: ModelSpec, resize: Resize) -> Net:
+    """The model. Raises PlanError unless it is the same for resized images as for whole ones."""
+    import torch
+
+    net = model(inputs, classes)
+    with torch.device("meta"):
+        small = resized(inputs, classes, model, resize)
+    for name, t in net.state_dict().items():
+        if small.state_dict()[name].shape != t.shape:
+            raise PlanError(
+                f"progressive_resize keeps the network while images grow, but of {name} the shape depends on their "
+                "size: choose a model with global pooling"
+            )
+    return net
