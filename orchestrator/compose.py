@@ -22,8 +22,20 @@ def compose(trial: Trial, examples: int) -> Plan:
         if CATALOGUE[name].scales_rate:
             _check_unscaled(name, trial.base)
         plan = CATALOGUE[name](**options).edit(plan)
+    _check_cached(plan, trial.workload.augment)
     check(plan, variant(trial.engine.name, trial.engine.options.model_dump()))
     return plan
+
+
+def _check_cached(plan: Plan, augment: workload_schema.Augment) -> None:
+    """Raises PlanError where features that are kept for each example once would have to differ from epoch to epoch."""
+    for phase in (phase for phase in plan.phases if phase.cache):
+        what = "workload.augment" if augment.crop or augment.flip else "a strategy that changes batches" if phase.maps else None
+        if what or phase.views:
+            raise PlanError(
+                f"the cache keeps the features of each image as it is, but {what or 'test-time augmentation'} shows other "
+                "images: write `cache: off`, or leave that out"
+            )
 
 
 def _check_unscaled(method: str, base: schema.Base) -> None:

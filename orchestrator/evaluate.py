@@ -52,7 +52,11 @@ def reduced(sums: dict[str, torch.Tensor], worker: Worker, count: float = 1.0) -
 
 
 def average_buffers(net: Net, worker: Worker) -> None:
-    """Running statistics (batch norm), averaged over workers by one collective per dtype."""
+    """Running statistics (batch norm), averaged over workers by one collective per dtype.
+
+    Those of layers in evaluation mode stand still: they are alike, and a mean would only round them.
+    """
     if worker.size == 1:
         return
-    average_([b for b in net.buffers() if b.is_floating_point()], worker)
+    moving = [b for module in net.modules() if module.training for b in module.buffers(recurse=False)]
+    average_([b for b in moving if b.is_floating_point()], worker)

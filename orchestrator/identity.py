@@ -50,6 +50,26 @@ def phase_key(plan: Plan, index: int, context: dict[str, Any]) -> str:
     return digest({"phases": canonical(plan.phases[: index + 1]), "context": context})
 
 
+def feature_maker(plan: Plan, index: int) -> int:
+    """The phase that trained the last of the stages whose output phase `index` reads."""
+    kept = [phase.cache.stages if phase.cache else 0 for phase in plan.phases[: index + 1]]
+    return max(i for i in range(index) if kept[i] < kept[index])
+
+
+def feature_key(plan: Plan, index: int, context: dict[str, Any]) -> str:
+    """The name of the features that phase `index` reads: one for all phases with the same frozen stages before them."""
+    cache = plan.phases[index].cache
+    assert cache
+    return f"{phase_key(plan, feature_maker(plan, index), context)}.{cache.store}"
+
+
+def names(plan: Plan, context: dict[str, Any]) -> list[str]:
+    """Of all phases and features of the plan."""
+    phases = range(len(plan.phases))
+    cached = [feature_key(plan, i, context) for i in phases if plan.phases[i].cache]
+    return [*(phase_key(plan, i, context) for i in phases), *cached]
+
+
 def digest(value: Any) -> str:
     """64 hexadecimal digits of the canonical form; key order and the spelling of numbers do not matter."""
     text = json.dumps(canonical(value), sort_keys=True, separators=(",", ":"), allow_nan=False)

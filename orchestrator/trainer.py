@@ -16,6 +16,9 @@ from orchestrator import checkpoint, micro_batch, phases
 from orchestrator.broadcast import from_rank_0
 from orchestrator.checkpoint_interval import CheckpointInterval, expected_cost
 from orchestrator.evaluate import average_buffers, evaluate, reduced
+from orchestrator.feature_cache import features
+from orchestrator.files import write_json
+from orchestrator.identity import names
 from orchestrator.metrics import Rows
 from orchestrator.phases import PhaseStore, Record
 from orchestrator.recipe.choices import LARGEST
@@ -89,6 +92,8 @@ class Trainer:
         if found:
             self.progress = Progress(**found["progress"])
         self.rows.trim(self.progress.steps)
+        if self.worker.rank == 0:  # for the collection of what nobody uses
+            write_json(self.job.directory / "phases.json", names(self.job.plan, self.job.context))
         carried = Carried(found["carried"]) if found else Carried()
         for index in range(self.progress.phase, len(self.job.plan.phases)):
             carried = self._phase(index, carried, found)
@@ -144,6 +149,7 @@ class PhaseRun:
         self.steps = phase.steps(job.dataset.examples)
         self.every = job.evaluate.in_steps(job.dataset.examples, phase.batch)
         self.net = self._build()
+        self.data = self._data()
         self._quicken()
         self.micro = self._micro_batch()
         self.state: State = phase.learner.init(self.net, worker)
@@ -172,6 +178,15 @@ class PhaseRun:
             self._initialise(net)
         return net
 
+    def _data(self) -> Any:
+        """The data set, or what frozen stages make of it; making that is part of training."""
+        if not self.phase.cache:
+            return self.job.dataset
+        watch = Stopwatch(self.worker.device)
+        data = features(self.job, self.progress.phase, self.net, self.worker)
+        self.progress.train_seconds += watch.lap()
+        return data
+
     def _initialise(self, net: Net) -> None:
         """A pure function of the data: made again after a resume, when the checkpoint's weights take its place."""
         for initialise in self.phase.initialise:
@@ -193,7 +208,7 @@ class PhaseRun:
         return micro_batch.largest(self.net, lambda n: self._train_batch(0, n), local, self.worker)
 
     def _train_batch(self, start: int, stop: int) -> Batch:
-        return self.phase.source(self.job.dataset.train(start, stop), self.net)
+        return self.phase.source(self.data.train(start, stop), self.net)
 
     def weights(self) -> dict[str, torch.Tensor]:
         return self.net.state_dict()
@@ -269,7 +284,7 @@ class PhaseRun:
         self._judge_loss(row["train_loss"])
         if self._evaluates() and self.progress.status == "running":
             self._ask("refresh", self.state, lambda n: self._train_batch(0, min(n, self.job.dataset.examples)))
-            row |= evaluate(self.phase, self.net, self.state, self.job.dataset, self.worker)
+            row |= evaluate(self.phase, self.net, self.state, self.data, self.worker)
         if self.job.target and self.job.target.stop and reached(self.job.target, row):
             self.progress.status = "done"
         self._judge_deadlines(row)

@@ -56,8 +56,9 @@ class Trial(Model):
         }
 
     def context(self) -> dict[str, Any]:
-        """What determines a phase's result beside the plan up to it."""
-        return {k: v for k, v in self.identity().items() if k not in ("base", "strategies")}
+        """What determines a phase's result beside the plan up to it, which tells the network as far as the phase has it."""
+        kept = {k: v for k, v in self.identity().items() if k not in ("base", "strategies")}
+        return kept | {"workload": {k: v for k, v in kept["workload"].items() if k != "model"}}
 
     @property
     def compression(self) -> dict[str, Any]:

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from strategies.contract import ModelSpec, PlanError, Weights
+from strategies.frozen import through
 from strategies.net import Net
 
 if TYPE_CHECKING:
     from strategies.stage_wise import Part
-
-CHUNK = {"cpu": 16, "cuda": 256}  # examples that frozen stages see at once
 
 
 class StagedNet(Net):
@@ -96,41 +95,6 @@ class StagedNet(Net):
         )
         for module in self._done():
             module.requires_grad_(False)
-
-
-def through(stages: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """(n, ...) -> (n, ...), in the dtype of `x` and without a gradient: what frozen stages make of the examples.
-
-    They go in chunks of a fixed size, the last one filled up, so that what an example becomes does not depend, in its last
-    bits, on the batch that it stands in.
-    """
-    stages = list(stages)
-    if not stages or not len(x):
-        return x if not stages else _run(stages, x)
-    chunk = CHUNK.get(x.device.type, CHUNK["cpu"])
-    return torch.cat([_run(stages, _filled(part, chunk))[: len(part)] for part in x.split(chunk)])
-
-
-@torch.no_grad()
-def _run(stages: Sequence[nn.Module], x: Tensor) -> Tensor:
-    dtype = x.dtype
-    for stage in stages:
-        x = stage(x)
-    return x.to(dtype)
-
-
-def _filled(x: Tensor, size: int) -> Tensor:
-    """`x` with zeros behind it, in the same memory layout."""
-    if len(x) == size:
-        return x
-    layout = torch.channels_last if channels_last(x) else torch.contiguous_format
-    out = torch.empty((size, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout).zero_()
-    out[: len(x)] = x
-    return out
-
-
-def channels_last(x: Tensor) -> bool:
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------------------------------------------ building

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -40,7 +41,7 @@ class Dataset:
     def train(self, start: int, stop: int) -> Batch:
         """Augmented examples of stream positions [start, stop)."""
         position = torch.arange(start, stop, device=self.device)
-        chosen = self._send(order.indices(self.seed, start, stop, self.examples))
+        chosen = self._send(self.places(start, stop))
         x = self.train_x.index_select(0, chosen)
         if self.augment.crop:
             padded = _padded(x, self.augment.crop, self.augment.pad == "reflect")
@@ -48,6 +49,10 @@ class Dataset:
         if self.augment.flip:
             x = _flip(x, self._mirrored(position, chosen))
         return Batch(self._normalise(x), self.train_y.index_select(0, chosen), position)
+
+    def places(self, start: int, stop: int) -> NDArray[np.int64]:
+        """(stop - start,) which examples stand at stream positions [start, stop)."""
+        return order.indices(self.seed, start, stop, self.examples)
 
     def _mirrored(self, position: Tensor, chosen: Tensor) -> Tensor:
         """(n,) which examples are mirrored: each time anew, or once for each example and the other way in odd epochs."""
@@ -57,8 +62,12 @@ class Dataset:
 
     def first(self, n: int) -> Batch:
         """The first n training examples, or all if there are fewer, in the order of the data set and not augmented."""
-        position = torch.arange(min(n, self.examples), device=self.device)
-        return Batch(self._normalise(self.train_x[:n]), self.train_y[:n], position)
+        return self.unaugmented(0, min(n, self.examples))
+
+    def unaugmented(self, start: int, stop: int) -> Batch:
+        """Training examples [start, stop), in the order of the data set."""
+        position = torch.arange(start, stop, device=self.device)
+        return Batch(self._normalise(self.train_x[start:stop]), self.train_y[start:stop], position)
 
     def test(self, start: int, stop: int) -> Batch:
         """Test examples [start, stop), in the order of the data set."""
