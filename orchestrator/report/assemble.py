@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator.files import write_atomic
-from orchestrator.report import export, gallery, pages
+from orchestrator.report import export, gallery, latex, pages
 from orchestrator.report.headlines import headlines
 from orchestrator.report.load import load
 from orchestrator.report.summary import summarise
@@ -23,6 +23,7 @@ def build(study: Path, trials: Sequence[str] | None = None) -> list[str]:
     write_atomic(study / "report.md", pages.markdown(page))
     write_atomic(study / "report.html", pages.html(page))
     _write_figures(study / "figures", drawn)
+    _write_tables(study / "tables", latex.tables(summary))
     return sentences
 
 
@@ -36,3 +37,14 @@ def _write_figures(folder: Path, drawn: dict[str, dict[str, bytes]]) -> None:
                 write_atomic(path, drawn[name][kind])
             else:
                 path.unlink(missing_ok=True)
+
+
+def _write_tables(folder: Path, made: dict[str, str]) -> None:
+    """Likewise of tables."""
+    folder.mkdir(exist_ok=True)
+    for name in latex.TABLES:
+        path = folder / f"{name}.tex"
+        if name in made:
+            write_atomic(path, made[name])
+        else:
+            path.unlink(missing_ok=True)

@@ -120,6 +120,10 @@ def notes(summary: Summary) -> list[str]:
         f"from {ENOUGH} on, the 95 % interval from order statistics. Hit rates have Wilson intervals.",
         "An arm is not called better than another where their intervals overlap.",
     ]
+    if summary.all_cells:
+        said.append(
+            "The folder tables/ has the results for papers: LaTeX with booktabs, a file per table, for \\input."
+        )
     if summary.target:
         said += [
             "A trial that did not reach the target, or diverged, counts as infinitely many steps in medians and intervals.",

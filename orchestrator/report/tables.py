@@ -14,6 +14,7 @@ from orchestrator.statistics import Estimate, over_perfect, regime, slopes, wils
 
 LONGEST = 160  # characters of an error in a table; the whole of it is in results.csv
 WORDS = {"arm", "trial", "status", "best setting", "regime", "reused", "error", "role", "at an edge"}  # set flush left
+WORDS |= {"chosen on", "remark"}
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,13 @@ def _cell_row(summary: Summary, cell: Cell) -> dict[str, Any]:
 def _with_interval(
     summary: Summary, name: str, estimate: Estimate | None, text: Callable[[float], str]
 ) -> dict[str, str | None]:
-    kinds = sorted({cell.steps.kind for cell in summary.all_cells}, reverse=True)
     interval = span(estimate, text) if estimate and estimate.n > 1 else None
-    return {name: text(estimate.median) if estimate else None, f"{name}, {' or '.join(kinds)}": interval}
+    return {name: text(estimate.median) if estimate else None, f"{name}, {interval_kinds(summary)}": interval}
+
+
+def interval_kinds(summary: Summary) -> str:
+    """What the intervals of a study are, for a heading."""
+    return " or ".join(sorted({cell.steps.kind for cell in summary.all_cells}, reverse=True))
 
 
 def _scaling(cells: list[Cell]) -> list[dict[str, Any]]:
