@@ -44,7 +44,7 @@ class Adascale(Strategy):
             )
         if phase.batch == self.per:
             return amend(phase, self, optimizer=plain_sgd)
-        amended = amend(phase, self, first=(FollowGain(self.per),))
+        amended = amend(phase, self, updates=(FollowGain(self.per),))
         return dataclasses.replace(amended, epochs=phase.epochs * phase.batch / self.per)
 
 
@@ -76,6 +76,7 @@ class Live:
 @dataclass(frozen=True, slots=True)
 class FollowGain(Update):
     per: int
+    turn = 0
     needs = Need.LAYER_GRADS
 
     def suits(self, learner: Backprop) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from strategies.contract import (
     Batch,
@@ -32,6 +32,8 @@ class Update:
     """Changes gradients before the optimizer moves, or weights after it has. Subclasses are frozen dataclasses."""
 
     needs = Need.NOTHING
+    turn: ClassVar[int] = 2
+    """When it acts: 0: measures gradients as they come; 1: preconditions them; 2: the rest, in the order of the recipe."""
 
     def suits(self, learner: Backprop) -> None:
         """Raises PlanError if this update is not made for the learner that it is part of; asked after each edit of it."""
@@ -56,6 +58,9 @@ class Update:
     def ended(self, state: State) -> bool:
         """Whether the phase ends with this step, before all of its steps are taken; alike on all ranks."""
         return False
+
+    def settle(self, state: State) -> None:
+        """Before each row, on all ranks: make what is in `state.saved` whole on rank 0."""
 
     def refresh(self, state: State, read: Callable[[int], Batch]) -> None:
         """Before each evaluation: `read(n)` gives n training examples, alike on all ranks, or all if there are fewer."""
@@ -88,6 +93,7 @@ class Step:
     weight: float  # of this micro-batch's mean gradient in the worker's gradient; averaged over workers afterwards
     worker: Worker
     net: Net
+    updates: Sequence[State] = ()  # what the learner's updates keep: one that watches gradients finds its own
 
     def loss(self) -> Tensor:
         """() mean loss over the micro-batch, computed under the trial's precision."""
@@ -146,16 +152,16 @@ class Backprop:
         live: Live = state.live
         if not live.net.training:  # walking through all modules costs as much as a small layer
             live.net.train()
-        loss = sum(self._micro(live, batch, clock, last=batch is batches[-1]) for batch in batches)
+        loss = sum(self._micro(state, batch, clock, last=batch is batches[-1]) for batch in batches)
         self._apply(state, clock)
         metrics: Metrics = {"loss": loss}  # type: ignore[dict-item]
         for update, own in zip(self.updates, state.saved["updates"], strict=True):
             metrics |= update.metrics(own)
         return metrics
 
-    def _micro(self, live: Live, batch: Batch, clock: Clock, last: bool) -> Tensor:
-        share = len(batch) / clock.batch
-        step = Step(live.model, self.objective, batch, clock, share * live.worker.size, live.worker, live.net)
+    def _micro(self, state: State, batch: Batch, clock: Clock, last: bool) -> Tensor:
+        live, share, updates = state.live, len(batch) / clock.batch, state.saved["updates"]
+        step = Step(live.model, self.objective, batch, clock, share * live.worker.size, live.worker, live.net, updates)
         with live.worker.micro(live.model, last):
             return self.gradient(step) * share
 
@@ -197,6 +203,10 @@ class Backprop:
     def ended(self, state: State) -> bool:
         return any(update.ended(own) for update, own in zip(self.updates, state.saved["updates"], strict=True))
 
+    def settle(self, state: State) -> None:
+        for update, own in zip(self.updates, state.saved["updates"], strict=True):
+            update.settle(own)
+
     def refresh(self, state: State, read: Callable[[int], Batch]) -> None:
         for update, own in zip(self.updates, state.saved["updates"], strict=True):
             update.refresh(own, read)
@@ -215,12 +225,11 @@ def amend(
     phase: Phase,
     by: object,
     *,
-    first: tuple[Update, ...] = (),
     updates: tuple[Update, ...] = (),
     **changes: Callable[[Any], Any],
 ) -> Phase:
-    """The phase with updates added, `first` before and `updates` after those that are there, and each further field of its
-    Backprop replaced by `change(old value)`.
+    """The phase with updates added, after those that are there and have the same turn, and each further field of its Backprop
+    replaced by `change(old value)`.
 
     Raises PlanError, naming both sides, if the phase does not learn by Backprop.
     """
@@ -232,7 +241,8 @@ def amend(
             "put it before, or leave one of the two out"
         )
     new = {field: change(getattr(learner, field)) for field, change in changes.items()}
-    learner = dataclasses.replace(learner, updates=first + learner.updates + updates, **new)
+    in_turn = tuple(sorted(learner.updates + updates, key=lambda update: update.turn))
+    learner = dataclasses.replace(learner, updates=in_turn, **new)
     for update in learner.updates:
         update.suits(learner)
     averages = [update for update in learner.updates if type(update).weights is not Update.weights]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class NoiseScale(Strategy):
     def edit(self, plan: Plan) -> Plan:
-        return plan.map(lambda phase: amend(phase, self, first=(MeasureNoise(),)))
+        return plan.map(lambda phase: amend(phase, self, updates=(MeasureNoise(),)))
 
 
 @dataclass(slots=True)
@@ -32,6 +32,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class MeasureNoise(Update):
+    turn = 0
     needs = Need.LAYER_GRADS
 
     def init(self, net: Net, worker: Worker) -> State:
