@@ -65,7 +65,7 @@ class Graph:
         grads = iter(torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True))
         with torch.no_grad():
             for layer, calls in self.seen.items():
-                found = [(x, g) for (x, _), g in zip(calls, grads) if g is not None]
+                found = [(x, g) for (x, _), g in zip(calls, grads, strict=False) if g is not None]
                 if found:
                     self.sink(layer, [x for x, _ in found], [g for _, g in found])
         self.seen = {}

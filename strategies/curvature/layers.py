@@ -46,6 +46,12 @@ class Layer(ABC):
     @abstractmethod
     def groups(self) -> int: ...
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(groups, d_out, d_in)"""
+        rows, columns = self.rows(self.weight).shape
+        return self.groups, rows // self.groups, columns + (self.bias is not None)
+
     @abstractmethod
     def inputs(self, x: Tensor) -> Tensor:
         """(groups, n, t, d_in) rows of the module's input."""

@@ -1,0 +1,149 @@
+"""The curvature of one layer: which statistics it takes, how they are inverted, and what the inverse makes of a gradient.
+
+Statistics are sums over examples of a loss that is itself a sum over examples: neither a batch that is repeated nor one that is
+split changes their mean. For a linear layer or a convolution with t positions (Grosse & Martens 2016, arXiv 1602.01407;
+Eschenhagen et al. 2023, arXiv 2311.00636):
+
+    expand   A = sum_n sum_t a a^T                  G = 1 / t sum_n sum_t g g^T
+    reduce   A = sum_n (sum_t a) (sum_t a)^T        G = 1 / t^2 sum_n (sum_t g) (sum_t g)^T
+
+Calls of a layer in one forward pass count as further positions. A batch norm has a 2 x 2 block per channel (Osawa et al. 2020,
+arXiv 2002.06015).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from strategies.curvature import inverses
+from strategies.curvature.buckets import Shape
+from strategies.curvature.gram import gram, square, widened
+from strategies.curvature.layers import AnyLayer, ConvLayer, LinearLayer, NormLayer
+
+Named: TypeAlias = Mapping[str, Tensor]
+Inverse: TypeAlias = Literal["cholesky", "eigen", "ekfac"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block(ABC):
+    """Tensors that it asks for and makes are named; `factors` and `inverses` tell which there are, and their shapes."""
+
+    layer: AnyLayer
+    factors: dict[str, Shape]
+    inverses: dict[str, Shape]
+
+    @property
+    def cost(self) -> float:
+        """Of an inversion, up to a constant: d^3 for each factor."""
+        return sum(shape.sizes[0] * shape.sizes[-1] ** 3 for shape in self.factors.values())
+
+    @abstractmethod
+    def statistics(self, xs: list[Tensor], grads: list[Tensor], scale: float) -> dict[str, Tensor]:
+        """Sums over examples, from inputs and output gradients of the layer's calls; `scale` undoes the mean of the losses."""
+
+    @abstractmethod
+    def invert(self, factors: Named, damping: float) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def apply(self, inverse: Named, grad: Tensor, damping: float) -> Tensor:
+        """The preconditioned gradient; both are as `layer.matrix` has them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KroneckerBlock(Block):
+    """A (groups, d_in, d_in) and G (groups, d_out, d_out)."""
+
+    layer: LinearLayer | ConvLayer
+    reduce: bool
+
+    def statistics(self, xs: list[Tensor], grads: list[Tensor], scale: float) -> dict[str, Tensor]:
+        rows = [self.layer.outputs(grad) for grad in grads]
+        positions = sum(r.shape[2] for r in rows)
+        if self.reduce:
+            a = square(sum_of([self.layer.summed(x) for x in xs]))
+            return {"a": a, "g": square(sum_of([widened(r).sum(2) for r in rows])) * (scale / positions) ** 2}
+        a = sum_of([gram(self.layer, x) for x in xs])
+        return {"a": a, "g": sum_of([square(r.flatten(1, 2)) for r in rows]) * (scale**2 / positions)}
+
+
+class CholeskyBlock(KroneckerBlock):
+    """(A + pi sqrt(damping))^-1 and (G + sqrt(damping) / pi)^-1."""
+
+    __slots__ = ()
+
+    def invert(self, factors: Named, damping: float) -> dict[str, Tensor]:
+        a, g = inverses.factored(factors["a"], factors["g"], damping)
+        return {"a": a, "g": g}
+
+    def apply(self, inverse: Named, grad: Tensor, damping: float) -> Tensor:
+        return inverses.by_factors(grad, inverse["a"], inverse["g"])
+
+
+class EigenBlock(KroneckerBlock):
+    """Eigenvectors of A and G, and the curvature along their products, to which the damping is added as it is."""
+
+    __slots__ = ()
+
+    def invert(self, factors: Named, damping: float) -> dict[str, Tensor]:
+        (in_a, a), (in_g, g) = (inverses.eigenbasis(factors[name]) for name in ("a", "g"))
+        return {"a": a, "g": g, "scale": in_g[..., None] * in_a[..., None, :]}
+
+    def apply(self, inverse: Named, grad: Tensor, damping: float) -> Tensor:
+        return inverses.by_basis(grad, inverse["a"], inverse["g"], inverse["scale"], damping)
+
+    def scales(self, inverse: Named, xs: list[Tensor], grads: list[Tensor], scale: float) -> Tensor:
+        """(groups, d_out, d_in): the squares of each example's gradient along these products, summed over examples.
+
+        They correct the eigenvalues (EKFAC, George et al. 2018, arXiv 1806.03884). A gradient is summed over positions first.
+        """
+        gradients: Tensor = sum_of([self._gradients(inverse, x, g) for x, g in zip(xs, grads, strict=True)])
+        return gradients.square().sum(1) * scale**2
+
+    def _gradients(self, inverse: Named, x: Tensor, grad: Tensor) -> Tensor:
+        """(groups, n, d_out, d_in)"""
+        a = widened(self.layer.inputs(x)) @ inverse["a"][:, None]
+        return (widened(self.layer.outputs(grad)) @ inverse["g"][:, None]).mT @ a
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NormBlock(Block):
+    """F (channels, 2, 2) of scale and shift, or 1 x 1 where one of them is frozen."""
+
+    layer: NormLayer
+
+    def statistics(self, xs: list[Tensor], grads: list[Tensor], scale: float) -> dict[str, Tensor]:
+        gradients = sum_of([self.layer.gradients(x, g) for x, g in zip(xs, grads, strict=True)])
+        return {"f": square(gradients.transpose(0, 1)) * scale**2}
+
+    def invert(self, factors: Named, damping: float) -> dict[str, Tensor]:
+        f = factors["f"]
+        return {"f": inverses.inverse(f, f.new_full((len(f),), damping))}
+
+    def apply(self, inverse: Named, grad: Tensor, damping: float) -> Tensor:
+        return (inverse["f"] @ grad[..., None])[..., 0]
+
+
+def block(layer: AnyLayer, inverse: Inverse, reduce: bool) -> Block:
+    """The block of a layer."""
+    if isinstance(layer, NormLayer):
+        shape = Shape((len(layer.parameters[0]), *[len(layer.parameters)] * 2), symmetric=True)
+        return NormBlock(layer, {"f": shape}, {"f": shape})
+    groups, out, into = layer.sizes
+    factors = {name: Shape((groups, d, d), symmetric=True) for name, d in (("a", into), ("g", out))}
+    if inverse == "cholesky":
+        return CholeskyBlock(layer, factors, factors, reduce)
+    bases = {name: Shape(shape.sizes) for name, shape in factors.items()}
+    return EigenBlock(layer, factors, bases | {"scale": Shape((groups, out, into))}, reduce)
+
+
+def sum_of(tensors: list[Tensor]) -> Tensor:
+    """At least one, of the same shape."""
+    first, *others = tensors
+    for other in others:
+        first = first + other
+    return first
