@@ -184,19 +184,26 @@ def _shift(index: int, summary: Summary) -> float:
 
 def finish(figure: Figure, axes: Axes, summary: Summary, extra: Sequence[Line2D] = ()) -> None:
     """Ticks at the batch sizes of the study, room on both sides, a legend below."""
-    batches = summary.batches
+    batch_ticks(axes, summary.batches)
+    legend(figure, summary.cells, extra)
+
+
+def batch_ticks(axes: Axes, batches: Sequence[int]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(batches))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(batches[0] / 1.4, batches[-1] * 1.4)
     if len(batches) > 8 or any(b / a < 1.3 for a, b in pairwise(batches)):
         axes.tick_params("x", rotation=45)
-    legend(figure, summary.cells, extra)
 
 
 def legend(figure: Figure, arms: Mapping[str, Any], extra: Sequence[Line2D] = ()) -> None:
     own = [Line2D([], [], color=colour(i), marker=marker(i), label=short(arm)) for i, arm in enumerate(arms)]
-    handles = [*own, *extra]
+    below(figure, [*own, *extra])
+
+
+def below(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """A legend under the figure, in as many columns as its labels leave room for."""
     longest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, 76 // (longest + 7))  # characters that fit, and what a marker takes of them
     figure.legend(handles=handles, loc="outside lower center", ncols=min(columns, len(handles)))
