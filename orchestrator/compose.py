@@ -12,7 +12,7 @@ from orchestrator.workloads import build_network
 from orchestrator.workloads.noisy_quadratic import NoisyQuadratic, network
 from strategies import CATALOGUE, optimizers, rate
 from strategies.backprop import Backprop
-from strategies.contract import Learner, ModelSpec, Need, Phase, Plan, PlanError
+from strategies.contract import Learner, ModelSpec, Need, Phase, Plan, PlanError, all_data
 
 
 def compose(trial: Trial, examples: int) -> Plan:
@@ -30,11 +30,16 @@ def compose(trial: Trial, examples: int) -> Plan:
 def _check_cached(plan: Plan, augment: workload_schema.Augment) -> None:
     """Raises PlanError where features that are kept for each example once would have to differ from epoch to epoch."""
     for phase in (phase for phase in plan.phases if phase.cache):
-        what = "workload.augment" if augment.crop or augment.flip else "a strategy that changes batches" if phase.maps else None
-        if what or phase.views:
+        changes = {
+            "workload.augment": augment.crop or augment.flip,
+            "a strategy that changes batches": phase.maps,
+            "a strategy that changes the data": phase.source is not all_data,
+            "a strategy that looks at images in several ways": phase.views,
+        }
+        for what in (name for name, there in changes.items() if there):
             raise PlanError(
-                f"the cache keeps the features of each image as it is, but {what or 'test-time augmentation'} shows other "
-                "images: write `cache: off`, or leave that out"
+                f"the cache keeps the features of each image as it is, but {what} shows other images: "
+                "write `cache: off`, or leave that out"
             )
 
 

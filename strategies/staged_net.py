@@ -94,7 +94,7 @@ class StagedNet(Net):
             "the part before lacks what this one freezes"
         )
         for module in self._done():
-            module.requires_grad_(False)
+            module.requires_grad_(False).eval()
 
 
 # ------------------------------------------------------------------------------------------------------------ building
