@@ -38,9 +38,18 @@ class Mlp(Model):
     depth: Positive = Field(default=3, description="linear layers, the last one to the classes")
 
 
+Kernel = Annotated[Literal[3, 5, 7, 9, 11, 13, 15], WHOLE]
+Kernels = Annotated[list[Kernel], Field(min_length=3, max_length=3)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+KERNEL = "side of the kernels, in taps"
+KERNELS = "sides of the kernels, in taps: of the first, the second and the other three convolutions"
+DROPOUT = "share of the hidden features that is dropped in training"
+
+
 class SmallCnn(Model):
     width: Positive = Field(default=16, description="channels of the first stage; doubled at each of the next two")
     batch_norm: bool = True
+    kernel: Kernel = Field(default=3, description=KERNEL)
 
 
 class Resnet(Model):
@@ -50,6 +59,8 @@ class Resnet(Model):
     width: Positive | None = Field(
         default=None, description="channels of the first stage; default 16, or 64 for depth 18"
     )
+    kernel: Kernel = Field(default=3, description=f"{KERNEL}, of all convolutions but the stem")
+    stem: Kernel = Field(default=3, description="side of the stem's kernel, in taps")
 
 
 class Vgg(Model):
@@ -65,12 +76,41 @@ class Airbench(Model):
 
 class PlainCnn(Model):
     stages: Annotated[
-        list[Annotated[str, StringConstraints(pattern=r"^(C[1357]|P)( (C[1357]|P))*$")]], Field(min_length=1, max_length=64)
+        list[Annotated[str, StringConstraints(pattern=r"^(C[1357]|P)( (C[1357]|P))*$")]],
+        Field(min_length=1, max_length=64),
     ] = Field(
         default=["C3 C3 P"],
         description="of each stage its layers: C3, a 3x3 convolution with ReLU (C1, C5, C7 likewise), P, a 2x2 max-pool",
     )
     width: Positive = Field(default=32, description="channels of each convolution")
+
+
+class Overfeat(Model):
+    kernels: Kernels = Field(default=[11, 5, 3], description=KERNELS)
+    dropout: Dropout = Field(default=0.5, description=DROPOUT)
+
+
+class SmallOverfeat(Model):
+    kernels: Kernels = Field(default=[7, 5, 3], description=KERNELS)
+    width: Positive = Field(default=24, description="channels of the first convolution; the rest in proportion")
+    dropout: Dropout = Field(default=0.5, description=DROPOUT)
+
+
+class Alexnet(Model):
+    kernels: Kernels = Field(default=[5, 5, 3], description=KERNELS)
+    width: Positive = Field(default=64, description="channels of the first convolution; the rest in proportion")
+    dropout: Dropout = Field(default=0.5, description=DROPOUT)
+
+
+class Convnext(Model):
+    kernel: Kernel = Field(default=7, description=f"{KERNEL}, of depthwise convolutions")
+    width: Positive = Field(default=40, description="channels of the first stage; doubled at each of the next")
+    blocks: Annotated[list[Positive], Field(min_length=1, max_length=4)] = Field(
+        default=[2, 2, 2], description="blocks of each stage"
+    )
+    patch: Annotated[int, Field(ge=1, le=16), WHOLE] = Field(
+        default=2, description="side of the patches that the stem takes images apart into, in pixels"
+    )
 
 
 class Network(Choice):
@@ -80,6 +120,10 @@ class Network(Choice):
     vgg: Vgg | None = None
     airbench: Airbench | None = None
     plain_cnn: PlainCnn | None = None
+    overfeat: Overfeat | None = Field(default=None, description="the fast OverFeat, for images of 231 pixels a side")
+    small_overfeat: SmallOverfeat | None = Field(default=None, description="OverFeat for images of 32 pixels a side")
+    alexnet: Alexnet | None = Field(default=None, description="AlexNet for images of 32 pixels a side")
+    convnext: Convnext | None = Field(default=None, description="ConvNeXt for small images")
     import_: ImportPath | None = Field(
         default=None, alias="import", description="package.module:function; needs --allow-code"
     )

@@ -10,11 +10,13 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from orchestrator.workloads.large_kernels import alexnet, convnext, overfeat, small_overfeat
+from orchestrator.workloads.layers import average, conv, head, image_channels, linear, rectified
 from orchestrator.workloads.plain_cnn import plain_cnn
 from strategies.contract import PlanError
 from strategies.net import Net
@@ -28,18 +30,18 @@ def build_network(inputs: tuple[int, ...], classes: int, name: str, **options: A
 def mlp(inputs: tuple[int, ...], classes: int, width: int, depth: int) -> Net:
     """`depth` linear layers; a stage for each but the last, which is the head."""
     sizes = [math.prod(inputs), *[width] * (depth - 1)]
-    hidden = [nn.Sequential(_linear(size, out), nn.ReLU()) for size, out in pairwise(sizes)]
-    return Net([nn.Flatten(), *hidden], head=_head(sizes[-1], classes))
+    hidden = [nn.Sequential(linear(size, out), nn.ReLU()) for size, out in pairwise(sizes)]
+    return Net([nn.Flatten(), *hidden], head=head(sizes[-1], classes))
 
 
-def small_cnn(inputs: tuple[int, ...], classes: int, width: int, batch_norm: bool) -> Net:
-    """Three stages of a 3x3 convolution; the side is halved after the first two, the channels double."""
-    channels, stages = _image_channels("small_cnn", inputs), []
+def small_cnn(inputs: tuple[int, ...], classes: int, width: int, batch_norm: bool, kernel: int = 3) -> Net:
+    """Three stages of a convolution; the side is halved after the first two, the channels double."""
+    channels, stages = image_channels("small_cnn", inputs), []
     for i, out in enumerate((width, 2 * width, 4 * width)):
-        layers = [_conv(channels, out, bias=not batch_norm), *([nn.BatchNorm2d(out)] if batch_norm else []), nn.ReLU()]
+        layers = rectified(channels, out, kernel, batch_norm)
         stages.append(nn.Sequential(*layers, *([nn.MaxPool2d(2, ceil_mode=True)] if i < 2 else [])))
         channels = out
-    return Net(stages, _average(), _head(channels, classes))
+    return Net(stages, average(), head(channels, classes))
 
 
 VGG = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}  # convolutions per stage
@@ -47,33 +49,35 @@ VGG = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3)}  # convolu
 
 def vgg(inputs: tuple[int, ...], classes: int, depth: int, width: int) -> Net:
     """Five stages of 3x3 convolutions with batch norm, each ending in a 2x2 max-pool; one linear layer as head."""
-    channels, stages = _image_channels("vgg", inputs), []
+    channels, stages = image_channels("vgg", inputs), []
     for convolutions, factor in zip(VGG[depth], (1, 2, 4, 8, 8), strict=True):
         layers: list[nn.Module] = []
         for _ in range(convolutions):
-            layers += [_conv(channels, factor * width), nn.BatchNorm2d(factor * width), nn.ReLU()]
+            layers += [conv(channels, factor * width), nn.BatchNorm2d(factor * width), nn.ReLU()]
             channels = factor * width
         stages.append(nn.Sequential(*layers, nn.MaxPool2d(2, ceil_mode=True)))  # ceil: sides below 32 end at 1
-    return Net(stages, _average(), _head(channels, classes))
+    return Net(stages, average(), head(channels, classes))
 
 
-def resnet(inputs: tuple[int, ...], classes: int, depth: int, width: int | None = None) -> Net:
+def resnet(
+    inputs: tuple[int, ...], classes: int, depth: int, width: int | None = None, kernel: int = 3, stem: int = 3
+) -> Net:
     """A stem and three stages of (depth - 2) / 6 blocks with parameter-free shortcuts (option A of the paper).
 
     Depth 18 has four stages of two blocks, and 1x1 projections where the shape changes. `width`: channels of the first
-    stage, default 16, or 64 for depth 18.
+    stage, default 16, or 64 for depth 18. `kernel`, `stem`: sides of the kernels in the blocks and in the stem.
     """
     wide = depth == 18
     width = width or (64 if wide else 16)
     blocks, stage_count = (2, 4) if wide else ((depth - 2) // 6, 3)
-    stages = [nn.Sequential(_conv(_image_channels("resnet", inputs), width), nn.BatchNorm2d(width), nn.ReLU())]
+    stages = [nn.Sequential(*rectified(image_channels("resnet", inputs), width, stem, batch_norm=True))]
     channels = width
     for i in range(stage_count):
         out = width * 2**i
-        first = Residual(channels, out, stride=2 if i else 1, project=wide)
-        stages.append(nn.Sequential(first, *(Residual(out, out) for _ in range(blocks - 1))))
+        first = Residual(channels, out, kernel, stride=2 if i else 1, project=wide)
+        stages.append(nn.Sequential(first, *(Residual(out, out, kernel) for _ in range(blocks - 1))))
         channels = out
-    return Net(stages, _average(), _head(channels, classes))
+    return Net(stages, average(), head(channels, classes))
 
 
 def airbench(inputs: tuple[int, ...], classes: int, widths: Sequence[int]) -> Net:
@@ -82,7 +86,7 @@ def airbench(inputs: tuple[int, ...], classes: int, widths: Sequence[int]) -> Ne
     Jordan 2024, arXiv 2404.00498. Batch norms have biases and no learnt scale, and the head's logits are divided by 9.
     Weights start as torch's layers do: what else the paper does to them, the strategies `whitening` and `dirac` do.
     """
-    channels, side = _image_channels("airbench", inputs), min(inputs[1:]) - 1
+    channels, side = image_channels("airbench", inputs), min(inputs[1:]) - 1
     if side >> len(widths) < 1:
         raise PlanError(
             f"model airbench halves the side {len(widths)} times, so it needs images of {1 + 2 ** len(widths)} pixels "
@@ -118,14 +122,14 @@ class Scale(nn.Module):
 
 
 class Residual(nn.Module):
-    """relu(shortcut(x) + branch(x)) with two 3x3 convolutions in the branch."""
+    """relu(shortcut(x) + branch(x)) with two convolutions in the branch."""
 
-    def __init__(self, channels: int, out: int, stride: int = 1, project: bool = False):
+    def __init__(self, channels: int, out: int, kernel: int = 3, stride: int = 1, project: bool = False):
         super().__init__()
         last = nn.BatchNorm2d(out)
         nn.init.zeros_(last.weight)
-        first = (_conv(channels, out, stride), nn.BatchNorm2d(out), nn.ReLU())
-        self.branch = nn.Sequential(*first, _conv(out, out), last)
+        first = (conv(channels, out, stride, kernel), nn.BatchNorm2d(out), nn.ReLU())
+        self.branch = nn.Sequential(*first, conv(out, out, 1, kernel), last)
         self.shortcut = _shortcut(channels, out, stride, project)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,7 +151,7 @@ def _shortcut(channels: int, out: int, stride: int, project: bool) -> nn.Module:
     if channels == out and stride == 1:
         return nn.Identity()
     if project:
-        return nn.Sequential(_conv(channels, out, stride, kernel=1), nn.BatchNorm2d(out))
+        return nn.Sequential(conv(channels, out, stride, kernel=1), nn.BatchNorm2d(out))
     return Subsample(stride, out - channels)
 
 
@@ -169,34 +173,6 @@ def imported(inputs: tuple[int, ...], classes: int, path: str) -> Net:
 
 BUILDERS: dict[str, Callable[..., Net]] = {
     "mlp": mlp, "small_cnn": small_cnn, "resnet": resnet, "vgg": vgg, "airbench": airbench, "import": imported,
-    "plain_cnn": plain_cnn,
+    "plain_cnn": plain_cnn, "overfeat": overfeat, "small_overfeat": small_overfeat, "alexnet": alexnet,
+    "convnext": convnext,
 }  # fmt: skip
-
-
-def _conv(channels: int, out: int, stride: int = 1, kernel: int = 3, bias: bool = False) -> nn.Conv2d:
-    conv = nn.Conv2d(channels, out, kernel, stride, padding=kernel // 2, bias=bias)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
-    return conv
-
-
-def _linear(size: int, out: int, nonlinearity: Literal["relu", "linear"] = "relu") -> nn.Linear:
-    linear = nn.Linear(size, out)
-    nn.init.kaiming_normal_(linear.weight, nonlinearity=nonlinearity)
-    nn.init.zeros_(linear.bias)
-    return linear
-
-
-def _head(size: int, classes: int) -> nn.Linear:
-    return _linear(size, classes, "linear")  # no ReLU behind it, so no factor 2
-
-
-def _average() -> nn.Module:
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-def _image_channels(name: str, inputs: tuple[int, ...]) -> int:
-    if len(inputs) != 3:
-        raise PlanError(f"model {name} needs images (channels, height, width), the data have shape {inputs}: use mlp")
-    return inputs[0]
