@@ -21,6 +21,8 @@ from strategies.muon import Muon
 from strategies.noise_scale import NoiseScale
 from strategies.post_local_sgd import PostLocalSgd
 from strategies.progressive_resize import ProgressiveResize
+from strategies.shampoo import Shampoo
+from strategies.soap import Soap
 from strategies.stage_wise import StageWise
 from strategies.swa import Swa
 from strategies.test_time_augmentation import TestTimeAugmentation
@@ -46,6 +48,8 @@ CATALOGUE: dict[str, type[Strategy]] = {
     "post_local_sgd": PostLocalSgd,
     "progressive_resize": ProgressiveResize,
     "stage_wise": StageWise,
+    "shampoo": Shampoo,
+    "soap": Soap,
     "swa": Swa,
     "test_time_augmentation": TestTimeAugmentation,
     "whitening": Whitening,

@@ -29,6 +29,11 @@ def with_adamw(plan: Plan) -> Plan:
     return plan.map(change)
 
 
+def with_large_eps(plan: Plan) -> Plan:
+    """AdamW where rounding errors are far below eps, else it steps along them where there is no gradient."""
+    return plan.map(lambda phase: amend(phase, plan, optimizer=lambda old: AdamW(eps=0.1)))
+
+
 def with_step_decay(plan: Plan) -> Plan:
     rate = Rate(0.1, warmup=0.5, decay=Steps((0.5,), 0.5))
     return plan.map(lambda phase: amend(phase, plan, rate=lambda old: rate))
@@ -147,6 +152,8 @@ CASES: dict[str, Case] = {
         inputs=IMAGES,
     ),
     "stage_wise": Case(acts={"cuts": [1]}, neutral={"cuts": []}, base=with_stages),
+    "shampoo": Case(acts={"every": 2, "eps": 1e-3}, neutral={"power": 0.0}),  # smaller ones magnify rounding errors
+    "soap": Case(acts={"every": 2}, neutral={"largest": 1}, base=with_large_eps),
     "swa": Case(acts={"start": 0.5}, neutral={"start": 1.0}),
     "test_time_augmentation": Case(
         acts={"shift": 1}, neutral={"mirror": False}, base=as_it_is, inputs=IMAGES, measures=True
