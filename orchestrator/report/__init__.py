@@ -7,7 +7,9 @@ from pathlib import Path
 
 
 def build(study: Path, trials: Sequence[str] | None = None) -> list[str]:
-    """Writes report.html, report.md, results.csv, results.parquet, figures/ and tables/ into `study`; returns the headlines.
+    """Writes the report into `study` and returns its headlines.
+
+    Files: report.html, report.md, results.csv, results.parquet, evidence.json, figures/ and tables/.
 
     trials: ids of the trials that make up the study; those without a result count as missing. Default: all trials in the
     directory. Raises FileNotFoundError if there is no such study, `orchestrator.files.Damaged` if a file does not hold

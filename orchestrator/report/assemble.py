@@ -7,6 +7,7 @@ from pathlib import Path
 
 from orchestrator.files import write_atomic
 from orchestrator.report import export, gallery, latex, pages
+from orchestrator.report.evidence import evidence
 from orchestrator.report.headlines import headlines
 from orchestrator.report.load import load
 from orchestrator.report.summary import summarise
@@ -22,6 +23,7 @@ def build(study: Path, trials: Sequence[str] | None = None) -> list[str]:
     write_atomic(study / "results.parquet", export.as_parquet(rows))
     write_atomic(study / "report.md", pages.markdown(page))
     write_atomic(study / "report.html", pages.html(page))
+    write_atomic(study / "evidence.json", evidence(summary))
     _write_figures(study / "figures", drawn)
     _write_tables(study / "tables", latex.tables(summary))
     return sentences

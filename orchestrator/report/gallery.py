@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from orchestrator.report import captions, figures
+from orchestrator.report import arm_profiles, captions, figures, figures_comparison, noise_scales, tuning_budgets
 from orchestrator.report.summary import Summary
 
 
@@ -19,6 +19,9 @@ GALLERY = {
     "final_metric": Entry(figures.final, captions.final),
     "time_to_target": Entry(figures.seconds, captions.seconds),
     "training_curves": Entry(figures.curves, captions.curves),
+    "performance_profile": Entry(figures_comparison.performance_profile, arm_profiles.profiles_caption),
+    "tuning_budget": Entry(figures_comparison.tuning_budget, tuning_budgets.budgets_caption),
+    "noise_scale": Entry(figures_comparison.noise_scale, noise_scales.noise_caption),
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from orchestrator.report.arm_pairs import sentences as seed_by_seed
 from orchestrator.report.summary import Cell, Summary, steps_to_target
 from orchestrator.report.wording import (
     count,
@@ -28,10 +29,10 @@ SCALING = [name for name, method in CATALOGUE.items() if method.scales_rate]
 
 
 def headlines(summary: Summary) -> list[str]:
-    """What is missing, if anything; then a sentence or two per arm; then the arms compared at the largest batch size."""
+    """What is missing, if anything; a sentence or two per arm; arms compared seed by seed, then the two leading ones."""
     describe = _scaling if summary.target else _quality
     arms = [describe(summary, arm, cells) if cells else _nothing(summary, arm) for arm, cells in summary.cells.items()]
-    return notices(summary) + arms + _comparison(summary)
+    return notices(summary) + arms + seed_by_seed(summary) + _comparison(summary)
 
 
 def notices(summary: Summary) -> list[str]:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
 from orchestrator.fairness import has_layerwise, unfair
 from orchestrator.files import Damaged, printable, read_json, read_lines
 from orchestrator.recipe import Recipe
+from orchestrator.recipe.resolve import search_of
 
 
 def as_text(value: Any) -> str:
@@ -88,6 +89,7 @@ class Study:
     recipe: str
     layerwise: bool = False  # whether LARS or LAMB are among the arms
     cautions: tuple[str, ...] = ()  # of the recipe, or the reason that it gives instead
+    adaptive: tuple[str, ...] = ()  # arms whose search chooses each point by those before it
 
     @property
     def arms(self) -> list[str]:
@@ -99,16 +101,17 @@ class Study:
 
     def curve(self, result: Result, metric: str) -> tuple[list[float], list[float]]:
         """Epochs and values of the rows that hold the metric."""
-        rows = self._rows(result)
+        rows = self.rows(result)
         points = [(r["epoch"], r[metric]) for r in rows if r.get(metric) is not None and r.get("epoch") is not None]
         return [x for x, _ in points], [y for _, y in points]
 
     def evaluated(self, result: Result) -> list[int]:
         """Steps at which the metric of the target was measured."""
         metric = result.target.metric if result.target else ""
-        return [r["step"] for r in self._rows(result) if r.get(metric) is not None and r.get("step") is not None]
+        return [r["step"] for r in self.rows(result) if r.get(metric) is not None and r.get("step") is not None]
 
-    def _rows(self, result: Result) -> list[dict[str, Any]]:
+    def rows(self, result: Result) -> list[dict[str, Any]]:
+        """Of metrics.jsonl; none if there is no such file."""
         try:
             return read_lines(self.path / "trials" / result.trial / "metrics.jsonl")
         except FileNotFoundError:
@@ -132,19 +135,21 @@ def load(path: Path, trials: Sequence[str] | None) -> Study:
         name=printable(str(resolved.get("study") or path.resolve().name)),
         env=_optional_json(path / "env.json"),
         recipe=_optional_text(path / "recipe.yaml"),
-        **_fairness(resolved),
+        **_of_recipe(resolved),
     )
 
 
-def _fairness(resolved: dict[str, Any]) -> dict[str, Any]:
-    """What the rule of equal tuning says; nothing of a recipe in another version's words."""
+def _of_recipe(resolved: dict[str, Any]) -> dict[str, Any]:
+    """What the rule of equal tuning says, and how points are found; nothing of a recipe in another version's words."""
     try:
         recipe = Recipe.model_validate(resolved)
     except ValidationError:
         return {}
     told = [printable(finding.message) for finding in unfair(recipe)]
     reason = [f"Tuned unequally by intent: {printable(recipe.unfair)}"] if recipe.unfair else []
-    return {"layerwise": has_layerwise(recipe), "cautions": tuple(told + reason)}
+    searches = {printable(arm): search_of(recipe, arm) for arm in recipe.arms}
+    adaptive = tuple(arm for arm, search in searches.items() if search and search.method.name == "optuna")
+    return {"layerwise": has_layerwise(recipe), "cautions": tuple(told + reason), "adaptive": adaptive}
 
 
 def _place(arm: str, arms: list[str]) -> tuple[int, str]:

@@ -13,10 +13,13 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from orchestrator.report.arm_pairs import pairs_note, pairs_table
+from orchestrator.report.arm_profiles import PROFILES_NOTE, profiles_table
 from orchestrator.report.captions import notes
 from orchestrator.report.gallery import GALLERY
 from orchestrator.report.inline_svg import inlined
 from orchestrator.report.load import as_text
+from orchestrator.report.noise_scales import NOISE_NOTE, noise_table
 from orchestrator.report.search_table import search_table
 from orchestrator.report.summary import Summary
 from orchestrator.report.tables import Table, cells_table, trials_table
@@ -31,14 +34,20 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Section:
+    title: str
+    table: Table
+    note: str = ""  # how to read it
+    sortable: bool = False
+
+
+@dataclass(frozen=True)
 class Page:
     title: str
     status: str  # how much of the study this is
     headlines: list[str]
     figures: list[Figure]
-    cells: Table
-    searches: Table
-    trials: Table
+    sections: list[Section]  # tables
     notes: list[str]
     environment: list[tuple[str, str]]  # dotted name, value
     recipe: str
@@ -51,9 +60,7 @@ def page(summary: Summary, headlines: list[str], drawn: dict[str, dict[str, byte
         status=f"{len(study.results)} of {study.planned} trials",
         headlines=headlines,
         figures=[_figure(name, files["svg"], summary) for name, files in drawn.items()],
-        cells=cells_table(summary),
-        searches=search_table(summary),
-        trials=trials_table(summary),
+        sections=_sections(summary),
         notes=notes(summary),
         environment=list(flat(study.env)),
         recipe=study.recipe,
@@ -63,6 +70,19 @@ def page(summary: Summary, headlines: list[str], drawn: dict[str, dict[str, byte
 def _figure(name: str, svg: bytes, summary: Summary) -> Figure:
     title, text = GALLERY[name].caption(summary)
     return Figure(name, title, text, Markup(inlined(svg, name, title)))
+
+
+def _sections(summary: Summary) -> list[Section]:
+    """Cells and trials always, of the rest what the data allow."""
+    between = [
+        Section("Searches", search_table(summary)),
+        Section("Arms seed by seed", pairs_table(summary), pairs_note(summary)),
+        Section("Performance profiles", profiles_table(summary), PROFILES_NOTE),
+        Section("Gradient noise scale", noise_table(summary), NOISE_NOTE),
+    ]
+    cells = Section("By arm and batch size", cells_table(summary))
+    trials = Section("All trials", trials_table(summary), sortable=True)
+    return [cells, *(section for section in between if section.table.rows), trials]
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:

@@ -92,7 +92,7 @@ class Cell:
         return self.steps.median, median([-v for v in values] if higher_is_better(self.metric) else values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart by identity, so that what is worked out of one can be kept
 class Summary:
     study: Study
     target: Target | None

@@ -14,7 +14,7 @@ from orchestrator.statistics import Estimate, over_perfect, regime, slopes, wils
 
 LONGEST = 160  # characters of an error in a table; the whole of it is in results.csv
 WORDS = {"arm", "trial", "status", "best setting", "regime", "reused", "error", "role", "at an edge"}  # set flush left
-WORDS |= {"chosen on", "remark"}
+WORDS |= {"chosen on", "remark", "comparison", "quantity", "test", "misses"}
 
 
 @dataclass(frozen=True)

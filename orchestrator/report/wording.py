@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from orchestrator.report.load import Target
 from orchestrator.statistics import Estimate
 
+SOURCES = "The trials behind each number, by id: evidence.json."
+
 
 def count(value: float) -> str:
     """Steps, epochs: `310`, `40.5`; `never` for a miss."""

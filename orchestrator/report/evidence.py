@@ -1,0 +1,29 @@
+"""evidence.json: every number of the comparisons in a report, unrounded, with the ids of the trials that it comes from."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+from orchestrator.report.arm_pairs import comparisons
+from orchestrator.report.arm_profiles import arm_profiles
+from orchestrator.report.noise_scales import noise_curves
+from orchestrator.report.summary import Summary
+from orchestrator.report.tuning_budgets import budgets
+
+
+def evidence(summary: Summary) -> str:
+    """JSON with a key per kind of comparison; null stands for what has no value or no end."""
+    kinds = {"noise_scale": noise_curves, "paired": comparisons, "profiles": arm_profiles, "budgets": budgets}
+    found = {kind: [_plain(asdict(one)) for one in of(summary)] for kind, of in kinds.items()}
+    return json.dumps(found, indent=1) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

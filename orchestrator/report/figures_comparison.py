@@ -1,0 +1,180 @@
+"""Figures that compare: noise scale beside critical batch size, performance profiles, tuning budgets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from orchestrator.comparison.profiles import LIMIT
+from orchestrator.report.arm_profiles import Profile, arm_profiles, examples_differ
+from orchestrator.report.figures import GREY, below, colour, log_y, marker, short
+from orchestrator.report.noise_scales import NoiseCurve, noise_curves
+from orchestrator.report.summary import Summary
+from orchestrator.report.tuning_budgets import Budget, budgets
+from orchestrator.report.wording import metric_name
+
+SHADE = 0.12  # opacity of a band
+
+
+def _panels(count: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels with common axes; four are set in a square."""
+    columns = 2 if count == 4 else min(count, columns)
+    rows = math.ceil(count / columns)
+    size = (6.4, 4.2) if count == 1 else (max(6.4, 3.0 * columns), 0.9 + 2.5 * rows)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    for axes in grid[max(0, count - columns) : count]:
+        axes.tick_params(labelbottom=True)
+    return figure, list(grid[:count])
+
+
+# ------------------------------------------------------------------------------------------------------------ noise scale
+
+
+def noise_scale(summary: Summary) -> Figure | None:
+    """A panel per arm, a line per batch size."""
+    curves = noise_curves(summary)
+    if not any(math.isfinite(s.scale.value) for c in curves for s in c.stretches):
+        return None
+    arms = list(dict.fromkeys(c.arm for c in curves))
+    batches = sorted({c.batch for c in curves})
+    figure, panels = _panels(len(arms))
+    limits = _limits(summary, curves)
+    for axes, arm in zip(panels, arms, strict=True):
+        for curve in (c for c in curves if c.arm == arm):
+            _noise_curve(axes, curve, batches.index(curve.batch), len(batches), limits)
+        _critical(axes, summary, arm)
+        axes.set(title=short(arm) if len(arms) > 1 else "", ylim=limits)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    log_y(panels[0])
+    _outer(figure, panels, "examples seen", "gradient noise scale (examples)")
+    lines = [_batch_line(batch, i, len(batches)) for i, batch in enumerate(batches)]
+    identified = any(law.identified for arm, law in summary.laws.items() if arm in arms)
+    fitted = [Line2D([], [], color="black", linestyle="--", label="fitted critical batch size")] * identified
+    below(figure, [*lines, *fitted])
+    return figure
+
+
+def _outer(figure: Figure, panels: Sequence[Axes], x: str, y: str) -> None:
+    figure.supxlabel(x, fontsize=10)
+    figure.supylabel(y, fontsize=10)
+
+
+def _limits(summary: Summary, curves: Sequence[NoiseCurve]) -> tuple[float, float]:
+    """Of the values and of those ends that are within a factor of ten of them: open bands leave the figure."""
+    ratios = [s.scale for c in curves for s in c.stretches]
+    values = [r.value for r in ratios if math.isfinite(r.value)]
+    values += [law.fit.law.critical for law in summary.laws.values() if law.identified]
+    low, high = min(values), max(values)
+    ends = [end for r in ratios for end in (r.low, r.high) if low / 10 < end < high * 10]
+    return min([low, *ends]) / 1.3, max([high, *ends]) * 1.3
+
+
+def _shade(index: int, count: int) -> Any:
+    """Batch sizes from dark to light."""
+    return matplotlib.colormaps["viridis"](0.85 * index / max(count - 1, 1))
+
+
+def _batch_line(batch: int, index: int, count: int) -> Line2D:
+    return Line2D([], [], color=_shade(index, count), marker=marker(index), label=f"batch {batch}")
+
+
+def _noise_curve(axes: Axes, curve: NoiseCurve, index: int, count: int, limits: tuple[float, float]) -> None:
+    style: dict[str, Any] = {"color": _shade(index, count)}
+    at = [(s.first + s.last) / 2 for s in curve.stretches]
+    low = [max(s.scale.low, limits[0]) for s in curve.stretches]
+    high = [min(s.scale.high, limits[1]) for s in curve.stretches]
+    known = [(x, s.scale.value) for x, s in zip(at, curve.stretches, strict=True) if math.isfinite(s.scale.value)]
+    axes.plot([x for x, _ in known], [y for _, y in known], marker=marker(index), markersize=4, linewidth=1.4, **style)
+    axes.fill_between(at, low, high, alpha=SHADE, linewidth=0, **style)
+
+
+def _critical(axes: Axes, summary: Summary, arm: str) -> None:
+    law = summary.laws.get(arm)
+    if law and law.identified:
+        ends = law.quoted["critical"]
+        axes.axhspan(ends.low, ends.high, color=GREY, alpha=SHADE, linewidth=0)
+        axes.axhline(law.fit.law.critical, color="black", linestyle="--", linewidth=1)
+
+
+# ---------------------------------------------------------------------------------------------------- performance profile
+
+
+def performance_profile(summary: Summary) -> Figure | None:
+    """Steps of a stair each; in examples beside it where that differs."""
+    profiles = arm_profiles(summary)
+    if not profiles:
+        return None
+    figure, panels = _panels(1 + examples_differ(summary))
+    for axes, of, what in zip(panels, ("in_steps", "in_examples"), ("steps", "examples"), strict=False):
+        for p in profiles:
+            _stair(axes, getattr(p, of), summary.study.arms.index(p.arm))
+        axes.set(xlim=(1, LIMIT), ylim=(-0.02, 1.02), xlabel=f"tau: {what} to target over those of the fastest arm")
+    panels[0].set_ylabel("share of workloads within tau")
+    below(figure, [_arm_line(summary, p.arm, f"{short(p.arm)} ({_scores(p, len(panels))})") for p in profiles])
+    return figure
+
+
+def _arm_line(summary: Summary, arm: str, label: str) -> Line2D:
+    index = summary.study.arms.index(arm)
+    return Line2D([], [], color=colour(index), marker=marker(index), label=label)
+
+
+def _stair(axes: Axes, ratios: Sequence[float], index: int) -> None:
+    """Rises at each ratio, from the share at 1 to that at the limit."""
+    ordered = sorted(r for r in ratios if r <= LIMIT)
+    xs = [1.0, *ordered, LIMIT]
+    ys = [i / len(ratios) for i in (0, *range(1, len(ordered) + 1), len(ordered))]
+    style: dict[str, Any] = {"color": colour(index), "marker": marker(index), "markersize": 4}
+    axes.step(xs[1:], ys[1:], where="post", linewidth=1.6, **style)
+
+
+def _scores(p: Profile, panels: int) -> str:
+    return f"{p.score:.2f}" if panels == 1 else f"{p.score:.2f}, {p.score_examples:.2f}"
+
+
+# ---------------------------------------------------------------------------------------------------------- tuning budget
+
+
+def tuning_budget(summary: Summary) -> Figure | None:
+    """A panel per batch size, a line per arm."""
+    found = budgets(summary)
+    if not found:
+        return None
+    batches = sorted({b.batch for b in found})
+    arms = dict.fromkeys(b.arm for b in found)
+    figure, panels = _panels(len(batches))
+    for axes, batch in zip(panels, batches, strict=True):
+        here = [b for b in found if b.batch == batch]
+        for budget in here:
+            _budget(axes, budget, summary.study.arms.index(budget.arm))
+        if len({len(b.trials) for b in here}) > 1:
+            axes.axvline(min(len(b.trials) for b in here), color=GREY, linestyle=":", linewidth=1)
+        axes.set_title(f"batch {batch}" if len(batches) > 1 else "", fontsize=10)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    name = "steps to target" if summary.target else f"final {metric_name(summary.metric or '')}"
+    if summary.target:
+        log_y(panels[0])
+    _outer(figure, panels, "points tried", f"expected best {name}")
+    below(figure, [_arm_line(summary, arm, short(arm)) for arm in arms])
+    return figure
+
+
+def _budget(axes: Axes, budget: Budget, index: int) -> None:
+    tried = range(1, len(budget.trials) + 1)
+    top = 10 * max(v for v in (*budget.low, *budget.high) if math.isfinite(v))
+    axes.fill_between(
+        tried, budget.low, [min(h, top) for h in budget.high], color=colour(index), alpha=SHADE, linewidth=0
+    )
+    if budget.best:
+        axes.plot(tried, budget.best, color=colour(index), marker=marker(index), markersize=4, linewidth=1.4)
