@@ -208,7 +208,7 @@ class Driver:
 
     def _commit(self, run: Run, result: dict[str, Any]) -> None:
         called_for = self.study.commit(run.trial, result)
-        self.store.journal("trial_ended", trial=run.trial.id, status=result["status"])
+        self.store.journal("trial_ended", trial=run.trial.id, status=result["status"], phases=result.get("phases"))
         self.counts[result["status"]] += 1
         for trial in called_for:
             self._take(trial)

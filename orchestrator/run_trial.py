@@ -74,6 +74,7 @@ def _run(worker: Worker, assignment: Assignment) -> dict[str, Any]:
         "patch_convolutions": progress.patch_convolutions,
         "parameters": progress.parameters,
         "reused": not timed,
+        "phases": {"trained": progress.phase + 1 - progress.reused_phases, "reused": progress.reused_phases},
         "workers": worker.size,
         "threads": trial.cluster.threads,
         "precision": trial.precision,

@@ -73,6 +73,7 @@ class Progress:
     exploded_since: int | None = None  # step since which the loss has been too high
     status: str = "running"  # done, diverged, pruned
     reused_steps: int = 0
+    reused_phases: int = 0
     micro_batch: int = 0  # of the last phase, where it was trained
     parameters: int = 0  # likewise
     patch_convolutions: int = 0  # likewise: how many convolutions go by patches
@@ -128,7 +129,8 @@ class Trainer:
         self.rows.trim(record.progress["steps"] - record.progress["step"])  # rows of an unfinished attempt at the phase
         self.rows.extend(record.rows)
         reused = self.progress.reused_steps + record.progress["step"]
-        self.progress = Progress(**record.progress | {"reused_steps": reused, "status": record.progress["status"]})
+        told = {"reused_steps": reused, "reused_phases": self.progress.reused_phases + 1}
+        self.progress = Progress(**record.progress | told)
         return Carried(record.weights, record.state)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from strategies.contract import ModelSpec, PlanError, Weights
 from strategies.frozen import through
 from strategies.net import Net
+from strategies.stage_wise import first, listed
 
 if TYPE_CHECKING:
     from strategies.stage_wise import Part
@@ -105,9 +106,10 @@ def build(inputs: tuple[int, ...], classes: int, model: ModelSpec, part: Part) -
     net = model(inputs, classes)
     if type(net).forward is not Net.forward:
         raise PlanError(f"stage_wise cuts a row of stages, but {type(net).__name__} has a forward pass of its own")
-    count, ends = len(net.stages), [count_or(end, len(net.stages)) for end in part.ends]
-    if any(a >= b for a, b in pairwise((0, *ends))) or ends[-1] > count:
-        raise PlanError(f"stage_wise: cuts after stages {ends[:-1]} leave a part empty: the network has {count} stages")
+    count = len(net.stages)
+    ends = [count if end is None else end for end in part.ends]
+    if ends[-1] > count or (ends[-1] == count and None not in part.ends and listed(model) is None):
+        raise PlanError(f"stage_wise: a cut behind stage {ends[-1]} leaves nothing: the network has {count} stages")
     shapes = list(_shapes(net, inputs, ends))
     before = [nn.Sequential(*_head(model, kind, shape, inputs, classes, end))
               for kind, shape, end in zip(part.heads[:-1], shapes[1:], ends, strict=False)] if part.growth else []  # fmt: skip
@@ -115,10 +117,6 @@ def build(inputs: tuple[int, ...], classes: int, model: ModelSpec, part: Part) -
         net.pool, net.head = _head(model, part.heads[-1], shapes[-1], inputs, classes, ends[-1])
     decoder = _decoder(shapes[-1], shapes[-2]) if part.reconstructs else None
     return StagedNet(net, ends, before, part.growth or 1.0, decoder, part.cached)
-
-
-def count_or(end: int | None, count: int) -> int:
-    return count if end is None else end
 
 
 def _shapes(net: Net, inputs: tuple[int, ...], ends: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -139,18 +137,14 @@ def _head(
 ) -> tuple[nn.Module, nn.Module]:
     """Pool and head for features of one shape."""
     if kind == "own":
-        from strategies.stage_wise import first
-
         net = first(model, end)(inputs, classes)
         return net.pool, net.head
-    images = len(shape) == 3
-    if kind == "linear" or not images:
-        size = math.prod(shape)
-        deep = [nn.Linear(size, size), nn.ReLU()] if kind == "network" else []
-        return nn.Flatten(), nn.Sequential(*deep, nn.Linear(size, classes))
-    deep: list[Any] = [nn.Conv2d(shape[0], shape[0], 3, padding=1), nn.ReLU()] if kind == "network" else []
-    pool = nn.Sequential(*deep, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return pool, nn.Sequential(nn.Linear(shape[0], classes))
+    pooled, deep = len(shape) == 3 and kind != "linear", kind == "network"
+    size = shape[0] if pooled else math.prod(shape)
+    convolution = [nn.Conv2d(size, size, 3, padding=1), nn.ReLU()] if deep and pooled else []
+    hidden = [nn.Linear(size, size), nn.ReLU()] if deep and not pooled else []
+    average = [nn.AdaptiveAvgPool2d(1)] if pooled else []
+    return nn.Sequential(*convolution, *average, nn.Flatten()), nn.Sequential(*hidden, nn.Linear(size, classes))
 
 
 def _decoder(features: tuple[int, ...], given: tuple[int, ...]) -> nn.Module:
