@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from orchestrator import checkpoint, micro_batch, phases
+from orchestrator import checkpoint, flops, micro_batch, phases
 from orchestrator.broadcast import from_rank_0
 from orchestrator.checkpoint_interval import CheckpointInterval, expected_cost
 from orchestrator.evaluate import average_buffers, evaluate, reduced
@@ -65,6 +65,7 @@ class Progress:
     steps: int = 0  # over all phases
     examples: int = 0
     epochs: float = 0.0
+    flops: float = 0.0  # of training, see `orchestrator.flops`
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     save_seconds: float = 0.0
@@ -152,11 +153,12 @@ class PhaseRun:
         self.every = job.evaluate.in_steps(job.dataset.examples, phase.batch)
         self.net = self._build()
         self.data = self._data()
+        self.flops = flops.per_example(self.net, self._train_batch(0, 2), worker)
         self._quicken()
         self.micro = self._micro_batch()
         self.state: State = phase.learner.init(self.net, worker)
         if carried.state is not None:
-            checkpoint.restore(self.state, carried.state)
+            checkpoint.restore(self.state, self._adopted(carried.state))
         self.deadlines = self._deadlines()
         self.handed_on: Any = None
         self.window: dict[str, torch.Tensor] = {}  # sums of this rank's metrics since the last row
@@ -193,6 +195,11 @@ class PhaseRun:
         """A pure function of the data: made again after a resume, when the checkpoint's weights take its place."""
         for initialise in self.phase.initialise:
             initialise(net, lambda n: self.phase.source(self.job.dataset.first(n), net))
+
+    def _adopted(self, state: Any) -> Any:
+        """What the phase before handed on, fit for this one's learner."""
+        fit = getattr(self.phase.carry, "state", None)
+        return fit(state, self.state) if fit else state
 
     def _quicken(self) -> None:
         """The same network, computed faster (see `Speed`)."""
@@ -236,6 +243,7 @@ class PhaseRun:
         progress.step += 1
         progress.steps += 1
         progress.examples += self.phase.batch
+        progress.flops += self.phase.batch * self.flops
         progress.epochs = progress.examples / self.job.dataset.examples
         if self._ask("ended", self.state):
             self.steps = progress.step
@@ -301,7 +309,7 @@ class PhaseRun:
         self.window, self.window_start = {}, progress.step
         rate = getattr(self.phase.learner, "rate", None)
         row: dict[str, Any] = {"step": progress.steps, "phase": progress.phase, "epoch": progress.epochs}
-        row |= {"examples": progress.examples, "seconds": progress.train_seconds}
+        row |= {"examples": progress.examples, "flops": progress.flops, "seconds": progress.train_seconds}
         told = {"rate": means.pop("rate")} if "rate" in means else {}
         row |= told or ({"rate": rate(self._last_clock())} if rate else {})
         row |= {f"train_{name}": value for name, value in means.items()}

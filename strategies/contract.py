@@ -148,7 +148,8 @@ class Worker(Protocol):
 
 Surgery: TypeAlias = "Callable[[Net], Net]"
 Carry: TypeAlias = "Callable[[Weights, Net], None]"
-"""Old weights into the new network, in place."""
+"""Old weights into the new network, in place. A carry may also have `state(old, new) -> content of a State`, which makes what
+the phase before hands on fit the learner of a network of another shape; `old` is decoded, `new` the State as it begins."""
 Initialise: TypeAlias = "Callable[[Net, Callable[[int], Batch]], None]"
 """Sets weights of a new network in place. `read(n)`: the first n training examples, or all if there are fewer, in the
 order of the data set, as this phase sees them but neither augmented nor mapped; alike on all ranks."""
