@@ -32,22 +32,29 @@ def largest(net: Net, sample: Callable[[int], Batch], limit: int, worker: Worker
     return limit
 
 
-def _fits(net: Net, sample: Callable[[int], Batch], size: int, worker: Worker) -> bool:
+def rehearse(net: Net, x: torch.Tensor, worker: Worker) -> None:
+    """A forward and a backward pass as in training; the net is left as it was."""
     buffers = {name: b.clone() for name, b in net.named_buffers()}
     try:
         net.train()
         with worker.autocast():
-            out = net(sample(size).x)
+            out = net(x)
         if out.requires_grad:
             out.float().sum().backward()
+    finally:
+        net.zero_grad(set_to_none=True)
+        net.load_state_dict(buffers, strict=False)
+
+
+def _fits(net: Net, sample: Callable[[int], Batch], size: int, worker: Worker) -> bool:
+    try:
+        rehearse(net, sample(size).x, worker)
         return True
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         return False
     finally:
-        net.zero_grad(set_to_none=True)
-        net.load_state_dict(buffers, strict=False)
         _release(worker.device)
 
 

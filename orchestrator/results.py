@@ -56,4 +56,4 @@ def _hit(rows: list[dict[str, Any]], target: Target, timed: bool) -> dict[str, A
     return {"metric": target.metric, "value": target.value, "reached": bool(hit), **found}
 
 
-_HIT = {"step": "step", "examples": "examples", "epochs": "epoch", "seconds": "seconds"}
+_HIT = {"step": "step", "examples": "examples", "epochs": "epoch", "flops": "flops", "seconds": "seconds"}

@@ -67,6 +67,7 @@ def _run(worker: Worker, assignment: Assignment) -> dict[str, Any]:
         "steps": progress.steps,
         "epochs": progress.epochs,
         "examples": progress.examples,
+        "flops": progress.flops,
         **outcome(rows, trial.workload.target, timed),
         "seconds": seconds,
         "examples_per_second": progress.examples / progress.train_seconds if timed else None,
