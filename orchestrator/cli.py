@@ -215,6 +215,20 @@ def report(study: Annotated[Path, typer.Argument(metavar="STUDY", help="a study 
 
 
 @app.command()
+def gc(
+    runs: Annotated[
+        Path, typer.Argument(metavar="[RUNS]", envvar="BIGBATCH_RUNS", help="the folder that holds all studies")
+    ] = Path("runs"),
+    delete: Annotated[bool, typer.Option("--delete", help="delete them; else they are told only")] = False,
+) -> None:
+    """Finished phases and kept features that no study of the folder refers to: what they are, and how many bytes."""
+    with plain_errors():
+        from orchestrator.garbage import as_text, collect
+
+        print(as_text(collect(runs, delete), runs, delete))
+
+
+@app.command()
 def schema() -> None:
     """The JSON Schema of recipes, for editors and other tools."""
     from orchestrator.recipe import json_schema
