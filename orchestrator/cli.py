@@ -217,7 +217,7 @@ def report(study: Annotated[Path, typer.Argument(metavar="STUDY", help="a study 
 @app.command()
 def gc(
     runs: Annotated[
-        Path, typer.Argument(metavar="[RUNS]", envvar="BIGBATCH_RUNS", help="the folder that holds all studies")
+        Path, typer.Argument(metavar="RUNS", envvar="BIGBATCH_RUNS", help="the folder that holds all studies")
     ] = Path("runs"),
     delete: Annotated[bool, typer.Option("--delete", help="delete them; else they are told only")] = False,
 ) -> None:
