@@ -10,6 +10,7 @@ from strategies.dirac import Dirac
 from strategies.ema import Ema
 from strategies.ghost_batch_norm import GhostBatchNorm
 from strategies.gradient_clipping import GradientClipping
+from strategies.gradient_noise_convolution import GradientNoiseConvolution
 from strategies.kernel_rescale import KernelRescale
 from strategies.label_smoothing import LabelSmoothing
 from strategies.lamb import Lamb
@@ -18,7 +19,11 @@ from strategies.lookahead import Lookahead
 from strategies.loss_smoothing import LossSmoothing
 from strategies.mixup import Mixup
 from strategies.muon import Muon
+from strategies.natural_gradient import NaturalGradient
+from strategies.ng_sgd import NgSgd
 from strategies.noise_scale import NoiseScale
+from strategies.parameter_averaging import ParameterAveraging
+from strategies.patch_affine import PatchAffine
 from strategies.post_local_sgd import PostLocalSgd
 from strategies.progressive_resize import ProgressiveResize
 from strategies.shampoo import Shampoo
@@ -36,6 +41,7 @@ CATALOGUE: dict[str, type[Strategy]] = {
     "ema": Ema,
     "ghost_batch_norm": GhostBatchNorm,
     "gradient_clipping": GradientClipping,
+    "gradient_noise_convolution": GradientNoiseConvolution,
     "kernel_rescale": KernelRescale,
     "label_smoothing": LabelSmoothing,
     "lamb": Lamb,
@@ -44,7 +50,11 @@ CATALOGUE: dict[str, type[Strategy]] = {
     "loss_smoothing": LossSmoothing,
     "mixup": Mixup,
     "muon": Muon,
+    "natural_gradient": NaturalGradient,
+    "ng_sgd": NgSgd,
     "noise_scale": NoiseScale,
+    "parameter_averaging": ParameterAveraging,
+    "patch_affine": PatchAffine,
     "post_local_sgd": PostLocalSgd,
     "progressive_resize": ProgressiveResize,
     "stage_wise": StageWise,

@@ -13,6 +13,7 @@ from torch import nn
 from strategies.backprop import amend
 from strategies.contract import ModelSpec, Phase, Plan
 from strategies.net import Net
+from strategies.ng_sgd import NgSgd
 from strategies.optimizers import AdamW
 from strategies.rate import Rate, Steps
 from tests.strategies.harness import IMAGES, WIDTH, FlatNet
@@ -65,6 +66,11 @@ def with_layer_norm(plan: Plan) -> Plan:
 
 def with_convolutions(plan: Plan) -> Plan:
     return plan.map(lambda phase: dataclasses.replace(phase, model=ModelSpec(convolved_net)))
+
+
+def with_factors(plan: Plan) -> Plan:
+    """NG-SGD on convolutions."""
+    return NgSgd(history_batches=5).edit(with_convolutions(plan))
 
 
 def pooled_net(inputs: tuple[int, ...], classes: int, kernel: int) -> Net:
@@ -123,6 +129,12 @@ CASES: dict[str, Case] = {
         repeats=False,
     ),
     "gradient_clipping": Case(acts={"norm": 0.05}, neutral={"norm": 1e9}),
+    "gradient_noise_convolution": Case(
+        acts={"scale": 0.5},
+        neutral={"scale": 0.0},
+        workers=2,
+        shares=(),  # a worker alone has no noise
+    ),
     "kernel_rescale": Case(
         acts={"shares": [0.3], "kernels": [3]}, neutral={"shares": []}, base=with_large_kernels, inputs=IMAGES
     ),
@@ -138,7 +150,24 @@ CASES: dict[str, Case] = {
     ),
     "mixup": Case(acts={"alpha": 0.4}, neutral={"alpha": 0.0}),
     "muon": Case(acts={"rate": 0.5}, neutral={"smallest": 1000}),
+    "natural_gradient": Case(
+        acts={"damping": 0.1, "eager": 1, "factors_every": 2, "inverses_every": 3},
+        neutral={"largest": 0},
+        base=with_convolutions,
+        inputs=IMAGES,
+    ),
+    "ng_sgd": Case(
+        acts={"history_batches": 5, "layer_change": 0.02},  # a memory in examples would see twice the batch (law 8)
+        neutral={"rank_in": 0, "rank_out": 0, "layer_change": None, "total_change": None},
+    ),
     "noise_scale": Case(acts={}, neutral={}, micro=6, measures=True),
+    "parameter_averaging": Case(
+        acts={"steps": 4},
+        neutral={"steps": 1, "first": "average"},
+        workers=2,
+        shares=(),  # workers that step alone are not one worker
+    ),
+    "patch_affine": Case(acts={}, neutral={"largest": 0}, base=with_factors, inputs=IMAGES),  # by itself it changes nothing
     "post_local_sgd": Case(
         acts={"start": 0.25, "period": 4},
         neutral={"period": 1},

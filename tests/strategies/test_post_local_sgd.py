@@ -16,9 +16,10 @@ from strategies.ema import Ema
 from strategies.ghost_batch_norm import GhostBatchNorm
 from strategies.ghost_layer import ghosts, split
 from strategies.gradient_clipping import GradientClipping
+from strategies.local_steps import LocalSteps, OpenModel
 from strategies.net import Net
 from strategies.optimizers import Sgd
-from strategies.post_local_sgd import LocalSteps, OpenModel, PostLocalSgd
+from strategies.post_local_sgd import PostLocalSgd
 from strategies.rate import Rate
 from strategies.swa import Swa
 from tests.strategies.cases import normalised_net, with_adamw, with_batch_norm

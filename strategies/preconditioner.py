@@ -1,0 +1,200 @@
+"""What `ng_sgd` does on one worker: sees the rows of each layer, and turns mean gradients into natural ones.
+
+The gradient of an affine layer is Y'X over rows X of inputs and Y of output gradients; with both sides multiplied by fixed
+matrices it is P_out Y'X P_in, so that the mean gradient is preconditioned as it is, and rows are needed for sums only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from strategies.contract import Clock, State, Worker, mix
+from strategies.curvature.capture import watched
+from strategies.curvature.layers import AnyLayer, ConvLayer, LinearLayer, NormLayer, served
+from strategies.net import Net
+from strategies.online_fisher import Factor, Sums, first, merged, of_rows, onto, start
+from strategies.patch_layer import PatchAffine, Rows, seen
+from strategies.replicas import gathered, scatter_, tensors_in
+
+if TYPE_CHECKING:
+    from strategies.ng_sgd import NgSgd
+
+BATCHES = 4  # steps that factors of gradient rows remember, where the recipe says nothing
+ALWAYS = 10  # first steps, all of which update factors
+NEWEST = 0.9  # largest share of the newest batch in a factor
+
+Affine: TypeAlias = LinearLayer | ConvLayer
+FIELDS = ("q", "d", "rho")
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over the rows of one side of a layer in this step, so far."""
+
+    head: Tensor  # (3,) float64: samples, rows, their square
+    products: Tensor  # float64, see `Sums`
+
+    def add(self, rows: Tensor, samples: float, probe: Tensor | None) -> None:
+        square, products = of_rows(rows, probe, self.products.ndim == 2)
+        self.head += torch.stack([square.new_tensor(samples), square.new_tensor(len(rows)), square])
+        self.products += products
+
+    def sums(self, scale: float) -> Sums:
+        """Of the rows, each multiplied by `scale`."""
+        return Sums(self.head[1], self.head[2] * scale**2, self.products * scale**2)
+
+
+class Preconditioner:
+    """Keeps its factors in `state.saved`, by layer and side: "in" for inputs, "out" for output gradients."""
+
+    def __init__(self, net: Net, worker: Worker, options: NgSgd, state: State):
+        self.worker, self.options, self.state = worker, options, state
+        self.layers = [layer for layer in served(net) if not isinstance(layer, NormLayer)]
+        with_rows = [layer for layer in self.layers if has_rows(layer)]
+        self.sides = [side_of(layer, end) for layer in with_rows for end in ("in", "out")]
+        self.tallies: dict[str, Tally] = {}
+        state.saved |= {"steps": 0, "factors": dict(self._starts())}
+        self.watching = ExitStack()
+        self.watching.enter_context(watched(with_rows, self._see))
+
+    def _starts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for layer in self.layers:
+            weight = layer.weight.detach()
+            out, width = layer.join([p.detach() for p in layer.parameters]).shape[1:]
+            yield side_of(layer, "in"), _fields(start(width, self.options.rank_in, weight))
+            yield side_of(layer, "out"), _fields(start(out, self.options.rank_out, weight))
+
+    # ------------------------------------------------------------------------------------------------------- rows
+
+    @property
+    def steps(self) -> int:
+        return self.state.saved["steps"]
+
+    @property
+    def updates(self) -> bool:
+        """Whether this step updates factors."""
+        return self.steps < ALWAYS or (self.steps + 1 - ALWAYS) % self.options.update_period == 0
+
+    def _factor(self, side: str) -> Factor:
+        return Factor(**self.state.saved["factors"][side])
+
+    def _see(self, layer: AnyLayer, inputs: list[Tensor], grads: list[Tensor]) -> None:
+        assert not isinstance(layer, NormLayer)
+        for x, grad in zip(inputs, grads, strict=True):
+            for rows in rows_of(layer, x, grad, mix("positions", layer.name, self.steps)):
+                self._add(side_of(layer, "in"), rows.inputs.to(layer.weight.dtype), rows.samples)
+                self._add(side_of(layer, "out"), rows.outputs.to(layer.weight.dtype), rows.samples)
+
+    def _add(self, side: str, rows: Tensor, samples: float) -> None:
+        self._tally(side).add(rows, samples, self._probe(side))
+
+    def _probe(self, side: str) -> Tensor | None:
+        return self._factor(side).q if self.steps else None
+
+    def _tally(self, side: str) -> Tally:
+        if side not in self.tallies:
+            factor = self._factor(side)
+            (rank, width), like = factor.q.shape, factor.d
+            shape = (width, width) if not self.steps else (rank, width) if self.updates else (rank,)
+            self.tallies[side] = Tally(like.new_zeros(3), like.new_zeros(shape))
+        return self.tallies[side]
+
+    def _collect(self) -> dict[str, Tally]:
+        """Of all workers, by one collective; sides that no row was seen of have zeros."""
+        found = {side: self._tally(side) for side in self.sides}
+        self.tallies = {}
+        tensors = [t for tally in found.values() for t in (tally.head, tally.products)]
+        if tensors:
+            total = self.worker.sum_(torch.cat([t.flatten() for t in tensors]))
+            for t, part in zip(tensors, total.split([t.numel() for t in tensors]), strict=True):
+                t.copy_(part.view_as(t))
+        return found
+
+    # -------------------------------------------------------------------------------------------------- gradients
+
+    @torch.no_grad()
+    def step(self, clock: Clock) -> None:
+        """Preconditions p.grad, the mean over the global batch, and updates the factors where that is due."""
+        found = self._collect()
+        for layer in self.layers:
+            if all(p.grad is not None for p in layer.parameters):
+                self._precondition(layer, found, clock)
+        self.state.saved["steps"] += 1
+
+    def _precondition(self, layer: Affine, found: dict[str, Tally], clock: Clock) -> None:
+        """Each side by its factor as it was before this batch, with its rows' norm restored."""
+        matrix = layer.matrix()
+        share = clock.batch / self.worker.size  # what gradients lack, at a worker, to be those of single examples
+        matrix, of_inputs = self._side(side_of(layer, "in"), matrix, found, clock.batch, 1.0)
+        turned, of_outputs = self._side(side_of(layer, "out"), matrix.mT, found, clock.batch, share)
+        layer.write(turned.mT * (of_inputs * of_outputs).to(matrix.dtype))
+
+    def _side(
+        self, side: str, matrix: Tensor, found: dict[str, Tally], batch: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """(preconditioned matrix (..., d), () the scale that restores the norm of rows)."""
+        tally = found.get(side)
+        sums = tally.sums(scale) if tally else self._of_gradient(side, matrix * batch)
+        eta = self._eta(tally.head[0] if tally else None)
+        factor, alpha = self._factor(side), self.options.alpha
+        if not self.steps:
+            factor = first(factor, sums, eta)
+            sums = onto(factor, sums)
+        result = factor.reduce(matrix, alpha), factor.scale(sums, alpha)
+        if self.updates:
+            self.state.saved["factors"][side] = _fields(factor.updated(sums, eta))
+        return result
+
+    def _of_gradient(self, side: str, matrix: Tensor) -> Sums:
+        """Of a convolution that is no affine layer: the rows of its gradient."""
+        rows = matrix.flatten(0, 1)
+        square, products = of_rows(rows, self._probe(side), self.updates)
+        return Sums(square.new_tensor(len(rows)).double(), square.double(), products.double())
+
+    def _eta(self, samples: Tensor | None) -> float | Tensor:
+        """The share of this batch in the factor that it updates. Rows of a gradient are no samples."""
+        batches = self.options.history_batches
+        if batches or samples is None:
+            return min(1 / (batches or BATCHES), NEWEST)
+        return (1 - torch.exp(-samples / self.options.history_samples)).clamp(max=NEWEST)
+
+    # ---------------------------------------------------------------------------------------------------- workers
+
+    @torch.no_grad()
+    def merge(self, worker: Worker) -> None:
+        """Each factor becomes the one nearest to the mean over workers, alike on all."""
+        own = self.state.saved["factors"]
+        tables = gathered(list(tensors_in(own)), worker)
+        copies = []
+        for rank in range(worker.size):
+            copies.append({side: {name: t.clone() for name, t in fields.items()} for side, fields in own.items()})
+            scatter_(tables, list(tensors_in(copies[-1])), rank)
+        for side in own:
+            own[side] = _fields(merged([Factor(**copy[side]) for copy in copies]))
+
+
+def side_of(layer: Affine, end: str) -> str:
+    return f"{layer.name}.{end}"
+
+
+def _fields(factor: Factor) -> dict[str, Tensor]:
+    return {name: getattr(factor, name) for name in FIELDS}
+
+
+def has_rows(layer: Affine) -> bool:
+    """Whether a layer is affine: linear, or by patches."""
+    return isinstance(layer, LinearLayer) or isinstance(layer.module, PatchAffine)
+
+
+def rows_of(layer: Affine, x: Tensor, grad: Tensor, seed: int) -> Iterator[Rows]:
+    """Of one call. An example counts once, however many positions it has; see `patch_affine` for patches."""
+    if isinstance(layer, ConvLayer):
+        yield from seen(layer, x, grad, seed)
+    else:
+        yield Rows(layer.inputs(x).flatten(0, 2), layer.outputs(grad).flatten(0, 2), len(x))
