@@ -75,4 +75,4 @@ def test_the_command(runs: Path) -> None:
     assert bigbatch("gc", str(runs), "--delete").stdout.rstrip().endswith("deleted")
     assert "nothing to delete" in bigbatch("gc", str(runs)).stdout
     missing = bigbatch("gc", str(runs / "none"))
-    assert missing.exit_code == 2 and missing.stderr == f"bigbatch: {runs / 'none'}: no such folder\n"
+    assert missing.exit_code == 2 and missing.stderr == f"{runs / 'none'}: no such folder\n"
