@@ -38,13 +38,18 @@ class Block(ABC):
     inverses: dict[str, Shape]
 
     @property
+    def side(self) -> int:
+        """Of the largest factor."""
+        return max(shape.sizes[-1] for shape in self.factors.values())
+
+    @property
     def cost(self) -> float:
         """Of an inversion, up to a constant: d^3 for each factor."""
         return sum(shape.sizes[0] * shape.sizes[-1] ** 3 for shape in self.factors.values())
 
     @abstractmethod
-    def statistics(self, xs: list[Tensor], grads: list[Tensor], scale: float) -> dict[str, Tensor]:
-        """Sums over examples, from inputs and output gradients of the layer's calls; `scale` undoes the mean of the losses."""
+    def statistic(self, name: str, xs: list[Tensor], grads: list[Tensor], scale: float) -> Tensor:
+        """A factor's sum over examples, from inputs and output gradients of calls; `scale` undoes the mean of the losses."""
 
     @abstractmethod
     def invert(self, factors: Named, damping: float) -> dict[str, Tensor]: ...
@@ -61,14 +66,17 @@ class KroneckerBlock(Block):
     layer: LinearLayer | ConvLayer
     reduce: bool
 
-    def statistics(self, xs: list[Tensor], grads: list[Tensor], scale: float) -> dict[str, Tensor]:
-        rows = [self.layer.outputs(grad) for grad in grads]
+    def statistic(self, name: str, xs: list[Tensor], grads: list[Tensor], scale: float) -> Tensor:
+        if name == "a":
+            return square(sum_of([self.layer.summed(x) for x in xs])) if self.reduce else self._gram(xs)
+        rows = [widened(self.layer.outputs(grad)) for grad in grads]
         positions = sum(r.shape[2] for r in rows)
         if self.reduce:
-            a = square(sum_of([self.layer.summed(x) for x in xs]))
-            return {"a": a, "g": square(sum_of([widened(r).sum(2) for r in rows])) * (scale / positions) ** 2}
-        a = sum_of([gram(self.layer, x) for x in xs])
-        return {"a": a, "g": sum_of([square(r.flatten(1, 2)) for r in rows]) * (scale**2 / positions)}
+            return square(sum_of([r.sum(2) for r in rows])) * (scale / positions) ** 2
+        return sum_of([square(r.flatten(1, 2)) for r in rows]) * (scale**2 / positions)
+
+    def _gram(self, xs: list[Tensor]) -> Tensor:
+        return sum_of([gram(self.layer, x) for x in xs])
 
 
 class CholeskyBlock(KroneckerBlock):
@@ -78,10 +86,10 @@ class CholeskyBlock(KroneckerBlock):
 
     def invert(self, factors: Named, damping: float) -> dict[str, Tensor]:
         a, g = inverses.factored(factors["a"], factors["g"], damping)
-        return {"a": a, "g": g}
+        return {"a_inverse": a, "g_inverse": g}
 
     def apply(self, inverse: Named, grad: Tensor, damping: float) -> Tensor:
-        return inverses.by_factors(grad, inverse["a"], inverse["g"])
+        return inverses.by_factors(grad, inverse["a_inverse"], inverse["g_inverse"])
 
 
 class EigenBlock(KroneckerBlock):
@@ -91,10 +99,10 @@ class EigenBlock(KroneckerBlock):
 
     def invert(self, factors: Named, damping: float) -> dict[str, Tensor]:
         (in_a, a), (in_g, g) = (inverses.eigenbasis(factors[name]) for name in ("a", "g"))
-        return {"a": a, "g": g, "scale": in_g[..., None] * in_a[..., None, :]}
+        return {"a_basis": a, "g_basis": g, "scale": in_g[..., None] * in_a[..., None, :]}
 
     def apply(self, inverse: Named, grad: Tensor, damping: float) -> Tensor:
-        return inverses.by_basis(grad, inverse["a"], inverse["g"], inverse["scale"], damping)
+        return inverses.by_basis(grad, inverse["a_basis"], inverse["g_basis"], inverse["scale"], damping)
 
     def scales(self, inverse: Named, xs: list[Tensor], grads: list[Tensor], scale: float) -> Tensor:
         """(groups, d_out, d_in): the squares of each example's gradient along these products, summed over examples.
@@ -106,8 +114,8 @@ class EigenBlock(KroneckerBlock):
 
     def _gradients(self, inverse: Named, x: Tensor, grad: Tensor) -> Tensor:
         """(groups, n, d_out, d_in)"""
-        a = widened(self.layer.inputs(x)) @ inverse["a"][:, None]
-        return (widened(self.layer.outputs(grad)) @ inverse["g"][:, None]).mT @ a
+        a = widened(self.layer.inputs(x)) @ inverse["a_basis"][:, None]
+        return (widened(self.layer.outputs(grad)) @ inverse["g_basis"][:, None]).mT @ a
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,28 +124,28 @@ class NormBlock(Block):
 
     layer: NormLayer
 
-    def statistics(self, xs: list[Tensor], grads: list[Tensor], scale: float) -> dict[str, Tensor]:
+    def statistic(self, name: str, xs: list[Tensor], grads: list[Tensor], scale: float) -> Tensor:
         gradients = sum_of([self.layer.gradients(x, g) for x, g in zip(xs, grads, strict=True)])
-        return {"f": square(gradients.transpose(0, 1)) * scale**2}
+        return square(gradients.transpose(0, 1)) * scale**2
 
     def invert(self, factors: Named, damping: float) -> dict[str, Tensor]:
         f = factors["f"]
-        return {"f": inverses.inverse(f, f.new_full((len(f),), damping))}
+        return {"f_inverse": inverses.inverse(f, f.new_full((len(f),), damping))}
 
     def apply(self, inverse: Named, grad: Tensor, damping: float) -> Tensor:
-        return (inverse["f"] @ grad[..., None])[..., 0]
+        return (inverse["f_inverse"] @ grad[..., None])[..., 0]
 
 
 def block(layer: AnyLayer, inverse: Inverse, reduce: bool) -> Block:
     """The block of a layer."""
     if isinstance(layer, NormLayer):
         shape = Shape((len(layer.parameters[0]), *[len(layer.parameters)] * 2), symmetric=True)
-        return NormBlock(layer, {"f": shape}, {"f": shape})
+        return NormBlock(layer, {"f": shape}, {"f_inverse": shape})
     groups, out, into = layer.sizes
     factors = {name: Shape((groups, d, d), symmetric=True) for name, d in (("a", into), ("g", out))}
     if inverse == "cholesky":
-        return CholeskyBlock(layer, factors, factors, reduce)
-    bases = {name: Shape(shape.sizes) for name, shape in factors.items()}
+        return CholeskyBlock(layer, factors, {f"{name}_inverse": shape for name, shape in factors.items()}, reduce)
+    bases = {f"{name}_basis": Shape(shape.sizes) for name, shape in factors.items()}
     return EigenBlock(layer, factors, bases | {"scale": Shape((groups, out, into))}, reduce)
 
 

@@ -1,12 +1,14 @@
-"""Many tensors as one flat one for one collective; of symmetric matrices only the upper triangles travel."""
+"""Many tensors as one flat one for one collective; of symmetric matrices only one triangle travels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from strategies.contract import Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,56 @@ class Shape:
         for size in self.sizes:
             count *= size
         return count // self.sizes[-1] * (self.sizes[-1] + 1) // 2 if self.symmetric else count
+
+
+def to_owners(
+    worker: Worker, owners: Mapping[str, int], shapes: Mapping[str, Shape], t: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Sums over workers of what all have by the same names, each on the owner of the name alone: a collective per owner."""
+    if worker.size == 1:
+        return t
+    under_way = []
+    for rank, names in _by_rank(owners).items():
+        flat = pack([t[name] for name in names], [shapes[name] for name in names])
+        under_way.append((rank, names, flat, worker.reduce(flat, rank)))
+    for _, _, _, pending in under_way:
+        pending.wait()
+    mine = [(names, flat) for rank, names, flat, _ in under_way if rank == worker.rank]
+    return {name: value for names, flat in mine for name, value in _unpacked(flat, names, shapes).items()}
+
+
+def from_sources(
+    worker: Worker,
+    sources: Mapping[str, int],
+    among: Sequence[int],
+    shapes: Mapping[str, Shape],
+    t: Mapping[str, Tensor],
+    like: Tensor,
+) -> dict[str, Tensor]:
+    """What each source has by its names, on all workers `among`, which alone call this: a collective per source.
+
+    `like` has the dtype and device.
+    """
+    if len(among) == 1:
+        return dict(t)
+    under_way = []
+    for rank, names in _by_rank(sources).items():
+        own = [shapes[name] for name in names]
+        mine = rank == worker.rank
+        flat = pack([t[name] for name in names], own) if mine else like.new_empty(sum(shape.numel for shape in own))
+        under_way.append((names, flat, worker.broadcast(flat, rank, among)))
+    for _, _, pending in under_way:
+        pending.wait()
+    return {name: value for names, flat, _ in under_way for name, value in _unpacked(flat, names, shapes).items()}
+
+
+def _by_rank(ranks: Mapping[str, int]) -> dict[int, list[str]]:
+    """Names by rank, in the same order on all workers."""
+    return {rank: [name for name, r in ranks.items() if r == rank] for rank in sorted(set(ranks.values()))}
+
+
+def _unpacked(flat: Tensor, names: Sequence[str], shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    return dict(zip(names, unpack(flat, [shapes[name] for name in names]), strict=True))
 
 
 def pack(tensors: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:

@@ -229,12 +229,6 @@ def served(net: Net) -> list[AnyLayer]:
     return found
 
 
-def unserved(net: Net) -> list[str]:
-    """Names of the trained parameters that belong to no layer of `served`."""
-    theirs = {id(p) for layer in served(net) for p in layer.parameters}
-    return [name for name, p in net.named_parameters() if p.requires_grad and id(p) not in theirs]
-
-
 KINDS = {nn.Linear: LinearLayer, nn.Conv2d: ConvLayer, _BatchNorm: NormLayer}
 
 
