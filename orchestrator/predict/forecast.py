@@ -11,7 +11,7 @@ import numpy as np
 from orchestrator.batch_law.backtest import REFUSED_BEYOND
 from orchestrator.batch_law.censored import Array
 from orchestrator.files import Damaged
-from orchestrator.predict.calibrate import Calibration
+from orchestrator.predict.calibrate import DRAWS, Calibration
 from orchestrator.predict.hardware import Hardware
 from orchestrator.predict.step_time import Compute, Load, step_seconds
 from orchestrator.predict.steps import TAILS, Steps
@@ -104,6 +104,19 @@ def forecast(
     return Forecast(steps, calibration, hardware or calibration.own, hardware is None, rows)
 
 
+def steps_ahead(steps: Steps, batches: Sequence[int]) -> list[Range]:
+    """Steps to target at each batch size, with the interval of a forecast's rows; for where no step was timed."""
+    log_steps = steps.draws(batches, DRAWS)
+    noise = np.random.default_rng(1).standard_normal(DRAWS)
+    return [_steps(steps, b, logs, noise) for b, logs in zip(batches, log_steps.T, strict=True)]
+
+
+def _steps(steps: Steps, batch: int, logs: Array, noise: Array) -> Range:
+    """From draws of the law's ln S: the scatter about it and the error of predictions beyond it are added."""
+    widen = law_error(batch, steps.reached[0], steps.reached[-1])
+    return _range(steps.law.steps(batch), logs + steps.scatter * noise, widen)
+
+
 class _Maker:
     """What all rows share: draws of the law and of the step time, paired, and the scatter about both."""
 
@@ -127,7 +140,7 @@ class _Maker:
         return Row(
             batch=batch,
             load=load,
-            steps=_range(s, log_s, structural),
+            steps=_steps(self.steps, batch, self.log_steps[batch], self.noise[0]),
             step_seconds=_range(t, log_t, unknown),
             seconds=_range(s * t, log_s + log_t, structural + unknown),
             statistical=law.examples(reached[0]) / law.examples(batch),

@@ -54,7 +54,11 @@ class Steps:
 
 def steps_of(points: Sequence[Point], where: str) -> Steps:
     """Raises Damaged where neither the law nor a bound of it is known."""
-    found = estimate(points)
+    return steps_by(estimate(points), where)
+
+
+def steps_by(found: Estimate | None, where: str) -> Steps:
+    """As `steps_of`, of points that a law was fitted to, or None where they were too few."""
     if found is None:
         raise Damaged(
             f"{where}: the target was reached at fewer than three batch sizes, too few for a law to predict from"

@@ -23,7 +23,7 @@ from orchestrator.report.wording import metric_name
 SHADE = 0.12  # opacity of a band
 
 
-def _panels(count: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
+def multiples(count: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
     """A figure of `count` panels with common axes; four are set in a square."""
     columns = 2 if count == 4 else min(count, columns)
     rows = math.ceil(count / columns)
@@ -47,7 +47,7 @@ def noise_scale(summary: Summary) -> Figure | None:
         return None
     arms = list(dict.fromkeys(c.arm for c in curves))
     batches = sorted({c.batch for c in curves})
-    figure, panels = _panels(len(arms))
+    figure, panels = multiples(len(arms))
     limits = _limits(summary, curves)
     for axes, arm in zip(panels, arms, strict=True):
         for curve in (c for c in curves if c.arm == arm):
@@ -115,7 +115,7 @@ def performance_profile(summary: Summary) -> Figure | None:
     profiles = arm_profiles(summary)
     if not profiles:
         return None
-    figure, panels = _panels(1 + examples_differ(summary))
+    figure, panels = multiples(1 + examples_differ(summary))
     for axes, of, what in zip(panels, ("in_steps", "in_examples"), ("steps", "examples"), strict=False):
         for p in profiles:
             _stair(axes, getattr(p, of), summary.study.arms.index(p.arm))
@@ -153,7 +153,7 @@ def tuning_budget(summary: Summary) -> Figure | None:
         return None
     batches = sorted({b.batch for b in found})
     arms = dict.fromkeys(b.arm for b in found)
-    figure, panels = _panels(len(batches))
+    figure, panels = multiples(len(batches))
     for axes, batch in zip(panels, batches, strict=True):
         here = [b for b in found if b.batch == batch]
         for budget in here:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from orchestrator.report import arm_profiles, captions, figures, figures_comparison, noise_scales, tuning_budgets
+from orchestrator.report import (
+    arm_profiles,
+    best_rates,
+    captions,
+    figures,
+    figures_comparison,
+    figures_prediction,
+    figures_rates,
+    noise_scales,
+    outlook,
+    tuning_budgets,
+)
 from orchestrator.report.summary import Summary
 
 
@@ -19,9 +30,12 @@ GALLERY = {
     "final_metric": Entry(figures.final, captions.final),
     "time_to_target": Entry(figures.seconds, captions.seconds),
     "training_curves": Entry(figures.curves, captions.curves),
+    "best_rate": Entry(figures_rates.rates, best_rates.caption),
     "performance_profile": Entry(figures_comparison.performance_profile, arm_profiles.profiles_caption),
     "tuning_budget": Entry(figures_comparison.tuning_budget, tuning_budgets.budgets_caption),
     "noise_scale": Entry(figures_comparison.noise_scale, noise_scales.noise_caption),
+    "prediction": Entry(figures_prediction.fan, outlook.fan_caption),
+    "time_and_cost": Entry(figures_prediction.time_and_cost, outlook.cost_caption),
 }
 
 

@@ -20,6 +20,7 @@ from orchestrator.report.gallery import GALLERY
 from orchestrator.report.inline_svg import inlined
 from orchestrator.report.load import as_text
 from orchestrator.report.noise_scales import NOISE_NOTE, noise_table
+from orchestrator.report.outlook import unsaid
 from orchestrator.report.search_table import search_table
 from orchestrator.report.summary import Summary
 from orchestrator.report.tables import Table, cells_table, trials_table
@@ -47,6 +48,7 @@ class Page:
     status: str  # how much of the study this is
     headlines: list[str]
     figures: list[Figure]
+    unsaid: list[str]  # what is not predicted, and why
     sections: list[Section]  # tables
     notes: list[str]
     environment: list[tuple[str, str]]  # dotted name, value
@@ -60,6 +62,7 @@ def page(summary: Summary, headlines: list[str], drawn: dict[str, dict[str, byte
         status=f"{len(study.results)} of {study.planned} trials",
         headlines=headlines,
         figures=[_figure(name, files["svg"], summary) for name, files in drawn.items()],
+        unsaid=unsaid(summary),
         sections=_sections(summary),
         notes=notes(summary),
         environment=list(flat(study.env)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from statistics import NormalDist
 
@@ -68,6 +69,12 @@ def _edge(axis: Axis, path: str, value: float) -> str | None:
         return None
     low, high = axis.options
     return f"{path} {value:g} at the {'lower' if u < EDGE else 'upper'} edge of [{low:g}, {high:g}]"
+
+
+def side(told: str, path: str) -> str | None:
+    """At which end of its axis, `lower` or `upper`, phrases of `edges` say that a path lies; None if at neither."""
+    found = re.search(rf"(?:^|; ){re.escape(path)} \S+ at the (lower|upper) edge", told)
+    return found[1] if found else None
 
 
 def _rounded(value: float) -> float:

@@ -1,0 +1,90 @@
+"""The best learning rate at each batch size, where a study chose among several, and how it grows with the batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from pydantic import ValidationError
+
+from orchestrator.recipe.scaling import peak
+from orchestrator.recipe.schema import Base
+from orchestrator.report.summary import Cell, Summary
+from orchestrator.report.wording import joined
+from orchestrator.search.space import side
+
+PATH = "base.rate.peak"
+FEWEST = 3  # batch sizes inside their box, for an exponent: a line through two says nothing about scatter
+
+
+@dataclass(frozen=True, slots=True)
+class BestRate:
+    batch: int
+    rate: float  # at the peak of its schedule, as the scaling rule makes it at this batch size
+    edge: str | None  # "lower" | "upper": where it is the last value that was tried, so that the best may lie beyond
+
+
+@lru_cache(maxsize=1)
+def best_rates(summary: Summary) -> dict[str, list[BestRate]]:
+    """By arm, of those whose rate was chosen at two batch sizes or more."""
+    found = {
+        arm: [_with_edge(summary, c, r) for c in cells if (r := _rate(summary, c))] for arm, cells in _chosen(summary)
+    }
+    return {arm: rates for arm, rates in found.items() if len(rates) > 1}
+
+
+def _chosen(summary: Summary) -> list[tuple[str, list[Cell]]]:
+    cells = {arm: [c for c in own if c.settings > 1 and PATH in c.setting] for arm, own in summary.cells.items()}
+    return list(cells.items())
+
+
+def _rate(summary: Summary, cell: Cell) -> BestRate | None:
+    """None of a trial in another version's words."""
+    try:
+        base = Base.model_validate(summary.study.config(cell.trials[0]).get("base"))
+    except ValidationError:
+        return None
+    stated = base.model_copy(update={"rate": base.rate.model_copy(update={"peak": cell.setting[PATH]})})
+    return BestRate(cell.batch, peak(stated), None)
+
+
+def _with_edge(summary: Summary, cell: Cell, found: BestRate) -> BestRate:
+    """A search tells edges itself; in a grid they are the least and the largest value."""
+    if cell.fresh:
+        return replace(found, edge=side(cell.trials[0].edge or "", PATH))
+    here = [r for r in summary.study.results if (r.arm, r.batch) == (cell.arm, cell.batch)]
+    tried = [r.point[PATH] for r in here if PATH in r.point]
+    rate = cell.setting[PATH]
+    edge = "upper" if rate == max(tried) else "lower" if rate == min(tried) else None
+    return replace(found, edge=edge if min(tried) < max(tried) else None)
+
+
+def exponent(rates: Sequence[BestRate]) -> float | None:
+    """p of rate = c B^p by least squares of the logarithms, of those inside their box; None for fewer than three."""
+    inside = [r for r in rates if not r.edge]
+    if len(inside) < FEWEST:
+        return None
+    return float(np.polyfit(np.log([r.batch for r in inside]), np.log([r.rate for r in inside]), 1)[0])
+
+
+def caption(summary: Summary) -> tuple[str, str]:
+    found = best_rates(summary)
+    slopes = [f"{arm} {p:.2f}" for arm, rates in found.items() if (p := exponent(rates)) is not None]
+    grown = (
+        f" Where it lies inside its box, the best rate grows as B to the power of {joined(slopes)}." if slopes else ""
+    )
+    edges = sum(bool(r.edge) for rates in found.values() for r in rates)
+    beyond = f" Open triangles: {edges} at the edge of what was tried: the best may lie beyond." if edges else ""
+    return "Best learning rate against batch size", (
+        "Peak learning rate of the best setting at each batch size, scaling rule included. Dashed: in proportion to the batch "
+        f"size; dotted: to its square root; both from the smallest batch size of each arm.{grown}{beyond}"
+    )
+
+
+def guide(rates: Sequence[BestRate], power: float) -> list[float]:
+    """The rate of the smallest batch size, times (B / B_0)^power, at each."""
+    first = rates[0]
+    return [first.rate * math.pow(r.batch / first.batch, power) for r in rates]
