@@ -37,17 +37,18 @@ class Difference:
 
 
 def difference(low: Sequence[float], high: Sequence[float]) -> Difference:
-    """The mean over pairs; the difference of pair i is known to lie in [low[i], high[i]], ends may be infinite.
+    """The mean over pairs; the difference of pair i is known to lie between low[i] and high[i], where they differ strictly.
 
-    Known differences: Student's t. Otherwise the interval runs from the lower limit of the least differences to the upper
-    limit of the greatest, so it is no shorter than it may be, and the test is the sign test over the pairs whose sign is
-    known. Raises ValueError without pairs.
+    Ends may be infinite. Known differences: Student's t. Otherwise the interval runs from the lower limit of the least
+    differences to the upper limit of the greatest, so it is no shorter than it may be, and the test is the sign test over
+    the pairs whose sign is known. Raises ValueError without pairs.
     """
     least, most = np.array(low, dtype=float), np.array(high, dtype=float)
     if not len(least):
         raise ValueError("a difference needs at least one pair")
     known = bool(np.array_equal(least, most))
-    below, above = int((most < 0).sum()), int((least > 0).sum())
+    ranges = least < most
+    below, above = int(((most < 0) | ranges & (most == 0)).sum()), int(((least > 0) | ranges & (least == 0)).sum())
     ends = _limit(least, -1.0), _limit(most, 1.0)
     p = _t_test(least) if known else _sign_test(below, above, len(least))
     means = float(least.mean()), float(most.mean())

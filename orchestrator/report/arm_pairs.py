@@ -150,14 +150,19 @@ def _amount(c: Comparison, value: float) -> str:
 
 
 def _number(c: Comparison, value: float) -> str:
+    """With as many decimals as give the largest of mean and ends two significant digits."""
+    f = c.found
+    largest = max((abs(_scaled(c, v)) for v in (f.least, f.most, f.low, f.high) if math.isfinite(v)), default=0.0)
+    decimals = max(1 - math.floor(math.log10(largest)), 0) if largest > 0 else 0
+    text = f"{_scaled(c, value):+.{decimals}f}"
+    return text if float(text) else text[1:]
+
+
+def _scaled(c: Comparison, value: float) -> float:
     """Steps as percent more or fewer, accuracies in points of percent."""
     if c.quantity == STEPS:
-        value = 100 * math.expm1(value)
-    elif c.quantity.endswith("accuracy"):
-        value = 100 * value
-    if value == 0:
-        return "0"
-    return f"{value:+.0f}" if abs(value) >= 100 else f"{value:+.1f}" if abs(value) >= 1 else f"{value:+.2g}"
+        return 100 * math.expm1(value)
+    return 100 * value if c.quantity.endswith("accuracy") else value
 
 
 def _misses(c: Comparison) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from orchestrator.comparison.budget import band, expected_best
 from orchestrator.report.load import Result, as_text
 from orchestrator.report.summary import Summary, final_value, higher_is_better, steps_to_target
-from orchestrator.report.wording import SOURCES, joined, metric_name
+from orchestrator.report.wording import SOURCES, joined, metric_name, plural
 from orchestrator.statistics import median
 
 FEWEST = 3  # points, for a curve
@@ -117,12 +117,10 @@ def _given_up(summary: Summary, found: Sequence[Budget]) -> str:
     number = sum(b.given_up for b in found)
     if not number:
         return ""
+    points = f"{plural(number, 'point')} {'was' if number == 1 else 'were'} given up"
     if not summary.target:
-        return f" {number} points count as they stood when they were given up."
-    return (
-        f" {number} points were given up before they reached the target: where there are such, only a band is drawn, from "
-        "all of them reaching it at once to none ever."
-    )
+        return f" {points}, and counted as it stood then."
+    return f" {points}: there only a band is drawn, from reaching the target right then to reaching it never."
 
 
 def _adaptive(summary: Summary) -> str:
