@@ -18,7 +18,7 @@ FIXED: dict[str, pa.DataType] = {  # columns that are fields of a result
     **dict.fromkeys(("batch", "seed"), INT),
     **dict.fromkeys(("role", "edge"), TEXT),
     "status": TEXT,
-    **{"steps": INT, "epochs": FLOAT, "examples": INT, "examples_per_second": FLOAT},
+    **{"steps": INT, "epochs": FLOAT, "examples": INT, "flops": FLOAT, "examples_per_second": FLOAT},
     **dict.fromkeys(("workers", "threads", "micro_batch"), INT),
     **dict.fromkeys(("precision", "device"), TEXT),
     **{"parameters": INT, "reused": BOOL, "error": TEXT},
@@ -30,6 +30,7 @@ TARGET = {
     "step": INT,
     "examples": INT,
     "epochs": FLOAT,
+    "flops": FLOAT,
     "seconds": FLOAT,
 }
 SECONDS = ("startup", "data", "train", "eval")

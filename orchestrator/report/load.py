@@ -34,6 +34,7 @@ class Target(BaseModel):
     step: int | None = None
     examples: int | None = None
     epochs: float | None = None
+    flops: float | None = None
     seconds: float | None = None
 
 
@@ -51,6 +52,7 @@ class Result(BaseModel):
     steps: int | None = None
     epochs: float | None = None
     examples: int | None = None
+    flops: float | None = None  # of training
     final: Metrics = {}
     best: Metrics = {}
     target: Target | None = None

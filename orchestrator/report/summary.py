@@ -33,6 +33,12 @@ def seconds_to_target(result: Result) -> float:
     return target.seconds if target and target.reached and target.seconds is not None else math.inf
 
 
+def flops_to_target(result: Result) -> float:
+    """Floating-point operations of training; +inf for a miss."""
+    target = result.target
+    return target.flops if target and target.reached and target.flops is not None else math.inf
+
+
 def final_value(result: Result, metric: str) -> float:
     """The metric at the end; the worst there is for a trial that diverged."""
     value = None if result.diverged else result.final.get(metric)
@@ -73,6 +79,12 @@ class Cell:
         """Training time to target of the trials that this study ran itself: times of reused ones come from elsewhere."""
         fresh = [seconds_to_target(t) for t in self.trials if not t.reused]
         return estimate(fresh) if fresh else None
+
+    @cached_property
+    def flops(self) -> Estimate | None:
+        """FLOPs to target of the trials that counted them."""
+        counted = [flops_to_target(t) for t in self.trials if t.flops is not None]
+        return estimate(counted) if counted else None
 
     @cached_property
     def final(self) -> Estimate | None:

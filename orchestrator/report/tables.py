@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.report.load import Result, as_text
-from orchestrator.report.summary import BATCH, Cell, Summary, seconds_to_target, steps_to_target
+from orchestrator.report.summary import BATCH, Cell, Summary, flops_to_target, seconds_to_target, steps_to_target
 from orchestrator.report.wording import count, figures3, metric_name, metric_value, span
 from orchestrator.statistics import Estimate, over_perfect, regime, slopes, wilson
 
@@ -54,6 +54,7 @@ def _cell_row(summary: Summary, cell: Cell) -> dict[str, Any]:
         row |= {"reached": f"{cell.hits} of {len(cell.trials)}", "hit rate, 95 % interval": f"{low:.2f}-{high:.2f}"}
         row |= _with_interval(summary, "steps to target", cell.steps, count)
         row["seconds to target"] = figures3(cell.seconds.median) if cell.seconds else None
+        row["FLOPs to target"] = figures3(cell.flops.median) if cell.flops else None
     if summary.metric:
         metric = summary.metric
         row |= _with_interval(summary, f"final {metric_name(metric)}", cell.final, lambda v: metric_value(metric, v))
@@ -115,6 +116,8 @@ def _trial_row(result: Result, paths: list[str], metric: str | None) -> dict[str
         row |= {f"final {name}": _metric(metric, result.final), f"best {name}": _metric(metric, result.best)}
     row |= {"steps to target": count(steps_to_target(result)) if result.target else None}
     row |= {"seconds to target": figures3(seconds_to_target(result)) if result.target else None}
+    row |= {"FLOPs to target": figures3(flops_to_target(result)) if result.target and result.flops else None}
+    row |= {"training FLOPs": _number(result.flops, figures3)}
     row |= {"training seconds": _number(result.seconds.get("train"), figures3)}
     row |= {"examples per second": _number(result.examples_per_second, figures3)}
     return row | {"reused": "yes" if result.reused else None, "error": (result.error or "")[:LONGEST]}
