@@ -1,8 +1,4 @@
-"""What Shampoo and SOAP share: weights as matrices, and running means of G G' and G'G of their gradients G, side by side.
-
-Neither is taken from a library: of those at hand, one mixes momentum with raw gradients and rounds bases to float32, and the
-others hold state that no checkpoint without pickles can keep.
-"""
+"""What Shampoo and SOAP share: weights as matrices, and running means of G G' and G'G of their gradients G, side by side."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from strategies.backprop import Gradient, Step
 from strategies.contract import Clock, Need, Schedule
+from strategies.displaced import displaced, restore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,32 +37,28 @@ class WeightNoise:
         import torch
 
         weights = [p for p in step.net.parameters() if p.requires_grad]
-        centre = [w.detach().clone() for w in weights]
         part = dataclasses.replace(step, weight=step.weight / (self.draws * (1 + self.antithetic)))
         losses = []
-        try:
-            for moves in once(step.net.buffers(), self._moves(centre, step.clock)):
-                _put(weights, centre, moves)
+        for move in once(step.net.buffers(), self._moves(weights, step.clock)):
+            with displaced(weights, move):
                 losses.append(self.inner(part))
-        finally:
-            _put(weights, centre)
         return torch.stack(losses).mean()
 
-    def _moves(self, centre: Sequence[Tensor], clock: Clock) -> Iterator[list[Tensor]]:
+    def _moves(self, weights: Sequence[Tensor], clock: Clock) -> Iterator[list[Tensor]]:
         """u for each pass, in the shapes of the weights."""
         for draw in range(self.draws):
-            u = self._noise(centre, clock, f"weight noise {draw}")
+            u = self._noise(weights, clock, f"weight noise {draw}")
             yield u
             if self.antithetic:
                 yield [-part for part in u]
 
-    def _noise(self, centre: Sequence[Tensor], clock: Clock, tag: str) -> list[Tensor]:
+    def _noise(self, weights: Sequence[Tensor], clock: Clock, tag: str) -> list[Tensor]:
         import torch
 
-        sigma, device = self.sigma(clock), centre[0].device
+        sigma, device = self.sigma(clock), weights[0].device
         generator = torch.Generator(device).manual_seed(clock.noise(tag).initial_seed())
-        scales = [sigma * w.square().mean().sqrt() if self.relative else sigma for w in centre]
-        draws = [torch.randn(w.shape, generator=generator, dtype=w.dtype, device=device) for w in centre]
+        scales = [sigma * w.detach().square().mean().sqrt() if self.relative else sigma for w in weights]
+        draws = [torch.randn(w.shape, generator=generator, dtype=w.dtype, device=device) for w in weights]
         return [draw * scale for draw, scale in zip(draws, scales, strict=True)]
 
 
@@ -75,19 +72,8 @@ def once(buffers: Iterable[Tensor], passes: Iterable[list[Tensor]]) -> Iterator[
     floats = [b for b in buffers if b.is_floating_point()]
     means = [b.clone() for b in floats]
     for number, one in enumerate(passes, 1):
-        _put(buffers, before)
+        restore(buffers, before)
         yield one
         for mean, b in zip(means, floats, strict=True):
             mean.lerp_(b, 1 / number)
-    _put(floats, means)
-
-
-def _put(tensors: Sequence[Tensor], values: Sequence[Tensor], moves: Sequence[Tensor] = ()) -> None:
-    """Sets the tensors in place to the values, plus the moves if there are any."""
-    import torch
-
-    with torch.no_grad():
-        for tensor, value in zip(tensors, values, strict=True):
-            tensor.copy_(value)
-        for tensor, move in zip(tensors, moves, strict=False):
-            tensor.add_(move)
+    restore(floats, means)
