@@ -22,7 +22,9 @@ from tests.orchestrator.made_study import MadeStudy, quickstart
 
 FILES = ["report.html", "report.md", "results.csv", "results.parquet", "evidence.json"]
 FIGURES = ["final_metric", "steps_to_target", "time_to_target", "training_curves"]
-WHOLE = sorted([*FIGURES, "performance_profile", "prediction", "time_and_cost"])  # of several arms at several batch sizes
+WHOLE = sorted(
+    [*FIGURES, "performance_profile", "prediction", "time_and_cost"]
+)  # of several arms at several batch sizes
 
 
 def figures(path: Path) -> list[str]:
@@ -93,7 +95,7 @@ def test_markdown_has_headlines_figures_and_tables(study):
     path, headlines = study
     text = (path / "report.md").read_text()
     assert all(f"- {escaped_markdown(sentence)}\n" in text for sentence in headlines)
-    assert all(f"](figures/{name}.svg)" in text for name in OF_ARMS)
+    assert all(f"](figures/{name}.svg)" in text for name in WHOLE)
     rows = [line for line in text.splitlines() if re.match(r"\| 0000000000", line)]
     assert len(rows) == 24 and len({row.count("|") for row in rows}) == 1
 
@@ -126,7 +128,7 @@ def test_report_is_reproducible_to_the_byte(tmp_path):
     first, second = quickstart(tmp_path / "a"), quickstart(tmp_path / "b")
     for made in (first, second):
         build(made.path)
-    for name in [*FILES, *(f"figures/{f}.{kind}" for f in OF_ARMS for kind in ("svg", "pdf"))]:
+    for name in [*FILES, *(f"figures/{f}.{kind}" for f in WHOLE for kind in ("svg", "pdf"))]:
         assert (first.path / name).read_bytes() == (second.path / name).read_bytes(), name
 
 
