@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from cluster.engines.base import ProcessWorker
 from cluster.engines.compression import PowerSgd, bf16_hook
+from cluster.engines.shared_memory import WORTH, SharedMemory, average_hook, shared_memory
 from strategies.contract import PlanError
 
 if TYPE_CHECKING:
@@ -27,9 +28,11 @@ class DdpWorker(ProcessWorker):
 
     `bucket_mib`: size of DDP's buckets; "auto" is torch's choice, 25 after a first one of 1.
     `compression`: a map with one key that is not None, as the recipe has it; None: gradients are sent as they are.
+    `share_memory`: workers of one node sum large tensors through memory instead of sockets.
     """
 
     memory: PowerSgd | None
+    shared: SharedMemory | None = None
 
     def __init__(
         self,
@@ -40,8 +43,10 @@ class DdpWorker(ProcessWorker):
         find_unused_parameters: bool = False,
         bucket_mib: float | Literal["auto"] = "auto",
         compression: Mapping[str, Any] | None = None,
+        share_memory: bool = True,
     ):
         super().__init__(rank, size, device, precision)
+        self.share_memory = share_memory and device.type == "cpu"
         self.find_unused_parameters = find_unused_parameters
         self.bucket_mib = None if bucket_mib == "auto" else bucket_mib
         self.compression, self.options = chosen(compression)
@@ -52,11 +57,15 @@ class DdpWorker(ProcessWorker):
 
     def prepare(self, net: Net, optimizer: Optimizer, open_model: bool) -> nn.Module:
         self.memory = PowerSgd(net, self.device, **self.options) if self.compression == "powersgd" else None
+        if self.share_memory and not self.shared and sum(p.nbytes for p in net.parameters()) >= WORTH:
+            self.shared = shared_memory(self.rank, self.size)
         if open_model or self.memory or self.size == 1 or not any(p.requires_grad for p in net.parameters()):
             return net
         model = self._wrap(net)
         if self.compression == "bf16":
             model.register_comm_hook(self.size, lambda size, bucket: bf16_hook(size, bucket))  # takes no annotations
+        elif self.shared:
+            model.register_comm_hook((self.shared, self.size), lambda worker, bucket: average_hook(worker, bucket))
         return model
 
     def _wrap(self, net: Net) -> DistributedDataParallel:
@@ -100,6 +109,12 @@ class DdpWorker(ProcessWorker):
 
     def _sum(self, flat: Tensor) -> Tensor:
         return self.sum_(flat.to(torch.bfloat16)).to(flat.dtype) if self.compression == "bf16" else self.sum_(flat)
+
+    def sum_(self, t: Tensor) -> Tensor:
+        if self.shared and t.nbytes >= WORTH and t.is_contiguous():
+            self.shared.sum_(t.detach())
+            return t
+        return super().sum_(t)
 
     def settle(self) -> None:
         if self.memory:

@@ -110,6 +110,9 @@ class Ddp(Model):
         default="auto", description="gradients sent at once, in MiB; auto: 25 after a first bucket of 1"
     )
     compression: Compression = Compression(none=Empty())
+    share_memory: bool = Field(
+        default=True, description="workers of one node sum large gradients through memory, not sockets (CPU)"
+    )
 
 
 class Engine(Choice):
