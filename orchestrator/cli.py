@@ -200,7 +200,13 @@ def status(
 
 
 @app.command()
-def report(study: Annotated[Path, typer.Argument(metavar="STUDY", help="a study directory")]) -> None:
+def report(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="a study directory")],
+    features: Annotated[
+        str | None,
+        typer.Option(metavar="TRIAL[:STAGE]", help="also look at what a trial's stages make of the test images: t-SNE"),
+    ] = None,
+) -> None:
     """Build report.html, report.md, results.csv, results.parquet and the figures again."""
     from orchestrator.report import build
     from orchestrator.store import Store
@@ -209,6 +215,10 @@ def report(study: Annotated[Path, typer.Argument(metavar="STUDY", help="a study 
         say(f"{study}: not a study directory (no trials/)")
         raise typer.Exit(USAGE)
     with plain_errors():
+        if features:
+            from orchestrator.report.stage_features import measure
+
+            measure(study, features)
         for line in build(study, Store(study).trial_ids()):
             say(line)
         print(study / "report.html")

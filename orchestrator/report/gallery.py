@@ -11,10 +11,12 @@ from orchestrator.report import (
     captions,
     figures,
     figures_comparison,
+    figures_features,
     figures_prediction,
     figures_rates,
     noise_scales,
     outlook,
+    stage_features,
     tuning_budgets,
 )
 from orchestrator.report.summary import Summary
@@ -34,6 +36,7 @@ GALLERY = {
     "performance_profile": Entry(figures_comparison.performance_profile, arm_profiles.profiles_caption),
     "tuning_budget": Entry(figures_comparison.tuning_budget, tuning_budgets.budgets_caption),
     "noise_scale": Entry(figures_comparison.noise_scale, noise_scales.noise_caption),
+    "features": Entry(figures_features.features, stage_features.features_caption),
     "prediction": Entry(figures_prediction.fan, outlook.fan_caption),
     "time_and_cost": Entry(figures_prediction.time_and_cost, outlook.cost_caption),
 }
