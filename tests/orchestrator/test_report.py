@@ -203,6 +203,8 @@ def test_one_batch_size(tmp_path):
         "sgd reaches test accuracy 0.95 in 101 steps at batch 64 (median of 3 seeds, range 100-102)."
     ]
     assert figures(made.path) == FIGURES
+    for page in ("report.md", "report.html"):
+        assert "No prediction for sgd: the target was reached at fewer than three" in (made.path / page).read_text()
 
 
 def test_a_target_that_nobody_reached(tmp_path):
