@@ -109,6 +109,13 @@ Predict: TypeAlias = "Callable[[Tensor], Tensor]"
 """(n, ...) inputs -> (n, classes) logits."""
 
 
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> object:
+        """Until the tensor may be used, and changed, again."""
+
+
 class Worker(Protocol):
     """The verbs that an engine offers to science code; `cluster.engines` implements them."""
 
@@ -126,6 +133,13 @@ class Worker(Protocol):
     def sum_(self, t: Tensor) -> Tensor:
         """`t`, summed over workers in place, alike on every rank; returns it."""
 
+    def reduce(self, t: Tensor, to: int) -> Pending:
+        """Begin to sum contiguous `t` over workers into that of rank `to`; the others' is spoilt. Alike on all workers."""
+
+    def broadcast(self, t: Tensor, source: int, among: Sequence[int]) -> Pending:
+        """Begin to fill contiguous `t` with that of rank `source`, on the workers `among`, which alone call it, in the same
+        order."""
+
     def send(self, t: Tensor, role: int) -> None: ...
     def recv(self, like: Tensor, role: int) -> Tensor: ...
     def prepare(self, net: Net, optimizer: Optimizer, open_model: bool) -> nn.Module:
@@ -135,7 +149,11 @@ class Worker(Protocol):
         """What stands for a prepared optimizer in checkpoints: its state_dict is whole, as one worker alone has it."""
 
     def settle(self) -> None:
-        """Before evaluation and checkpoints, on all workers: weights, optimizer state and `memory` whole and alike."""
+        """Before each row, on all workers: `memory` alike."""
+
+    def gather(self, optimizer: bool = False) -> None:
+        """On all workers at once: weights whole on each until the next step, for evaluation and at the end of a phase;
+        with `optimizer` its state too, for checkpoints."""
 
     def micro(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of one micro-batch: workers synchronise in the `last` one of a step only."""

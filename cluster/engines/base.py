@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,17 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
-from strategies.contract import PlanError
+from strategies.contract import Pending, PlanError
 
 if TYPE_CHECKING:
     from strategies.net import Net
+
+
+class Done:
+    """A collective of one worker."""
+
+    def wait(self) -> None:
+        """At once."""
 
 
 class ProcessWorker:
@@ -25,6 +32,7 @@ class ProcessWorker:
 
     def __init__(self, rank: int, size: int, device: torch.device, precision: str):
         self.rank, self.size, self.device, self.precision = rank, size, device, precision
+        self.groups: dict[tuple[int, ...], Any] = {}  # of some of the workers, by their ranks
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.precision != "bf16":
@@ -42,6 +50,20 @@ class ProcessWorker:
                 t.detach().copy_(dense)
         return t
 
+    def reduce(self, t: Tensor, to: int) -> Pending:
+        return Done() if self.size == 1 else dist.reduce(t, to, async_op=True)
+
+    def broadcast(self, t: Tensor, source: int, among: Sequence[int]) -> Pending:
+        return Done() if len(among) == 1 else dist.broadcast(t, source, self._group(tuple(among)), async_op=True)
+
+    def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+        """The process group of some of the workers, made when they first ask for it; None: that of all."""
+        if len(ranks) == self.size:
+            return None
+        if ranks not in self.groups:
+            self.groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+        return self.groups[ranks]
+
     def send(self, t: Tensor, role: int) -> None:
         raise PlanError("this engine has no roles: every worker holds the whole model")
 
@@ -56,6 +78,9 @@ class ProcessWorker:
 
     def settle(self) -> None:
         """Make `memory` alike on all workers."""
+
+    def gather(self, optimizer: bool = False) -> None:
+        """Nothing is spread: weights and optimizer state are whole."""
 
     def micro(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()
