@@ -22,7 +22,7 @@ from orchestrator.report.load import as_text
 from orchestrator.report.noise_scales import NOISE_NOTE, noise_table
 from orchestrator.report.outlook import unsaid
 from orchestrator.report.search_table import search_table
-from orchestrator.report.stage_features import FEATURES_NOTE, features_table
+from orchestrator.report.stage_features import features_table
 from orchestrator.report.summary import Summary
 from orchestrator.report.tables import Table, cells_table, trials_table
 
@@ -83,7 +83,7 @@ def _sections(summary: Summary) -> list[Section]:
         Section("Arms seed by seed", pairs_table(summary), pairs_note(summary)),
         Section("Performance profiles", profiles_table(summary), PROFILES_NOTE),
         Section("Gradient noise scale", noise_table(summary), NOISE_NOTE),
-        Section("Features, stage by stage", features_table(summary), FEATURES_NOTE),
+        Section("Features, stage by stage", features_table(summary)),
     ]
     cells = Section("By arm and batch size", cells_table(summary))
     trials = Section("All trials", trials_table(summary), sortable=True)
