@@ -5,7 +5,7 @@ batch, and weights are averaged after every `period` steps and after the last. M
 the mean of all workers' weights, and training goes on from each worker's own, so that logging changes nothing; for that,
 each row costs every worker memory and traffic of all workers' weights and momentum, so keep rows far apart on many workers.
 Running statistics of batch norms are each worker's own while workers step alone, and their mean from each row on.
-`ghost_batch_norm` with `statistics: mean` makes them alike at each step instead, by one small collective; `in_order` does not.
+Those of `ghost_batch_norm` too, whichever its `statistics`.
 """
 
 from __future__ import annotations
