@@ -214,6 +214,23 @@ def short(name: str, length: int = 24) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
+def multiples(count: int, x: str = "", y: str = "", share_y: bool = True) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels, in threes, four in a square; `x` and `y` are the labels of the outer ones."""
+    columns = 2 if count == 4 else min(count, 3)
+    rows = math.ceil(count / columns)
+    size = max(6.4, 3.0 * columns), 4.2 if rows == 1 else 0.9 + 2.5 * rows
+    figure = Figure(figsize=size, layout="constrained")
+    grid = list(figure.subplots(rows, columns, sharex=True, sharey=share_y, squeeze=False).flat)
+    for axes in grid[count:]:
+        axes.set_axis_off()
+    for axes in grid[max(0, count - columns) : count]:  # the lowest of each column
+        axes.set_xlabel(x)
+        axes.tick_params(labelbottom=True)
+    for axes in grid[:count:columns]:
+        axes.set_ylabel(y)
+    return figure, grid[:count]
+
+
 def log_y(axes: Axes) -> None:
     """Plain numbers as labels, more of them where the axis spans little."""
     axes.set_yscale("log")
@@ -221,7 +238,7 @@ def log_y(axes: Axes) -> None:
     low, high = (low / 1.3, high * 1.3) if high / low < 3 else (low, high)
     axes.set_ylim(low, high)
     decades = math.log10(high / low)
-    subs = range(1, 10) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -234,19 +251,9 @@ def curves(summary: Summary) -> Figure | None:
     if not (summary.metric and summary.all_cells):
         return None
     batches = summary.batches
-    columns = 2 if len(batches) == 4 else min(len(batches), 3)
-    rows = math.ceil(len(batches) / columns)
-    figure = Figure(figsize=(max(6.4, 2.5 * columns), 0.9 + 2.2 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, batch in zip(grid.flat, batches, strict=False):
+    figure, panels = multiples(len(batches), "epochs", metric_name(summary.metric))
+    for axes, batch in zip(panels, batches, strict=True):
         _small_multiple(axes, summary, batch)
-    for axes in grid.flat[len(batches) :]:
-        axes.set_axis_off()
-    for axes in grid.flat[max(0, len(batches) - columns) : len(batches)]:  # the lowest of each column
-        axes.set_xlabel("epochs")
-        axes.tick_params(labelbottom=True)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(metric_name(summary.metric))
     legend(figure, summary.cells)
     return figure
 

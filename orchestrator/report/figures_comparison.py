@@ -14,27 +14,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from orchestrator.comparison.profiles import LIMIT
 from orchestrator.report.arm_profiles import Profile, arm_profiles, examples_differ
-from orchestrator.report.figures import GREY, below, colour, log_y, marker, short
+from orchestrator.report.figures import GREY, below, colour, log_y, marker, multiples, short
 from orchestrator.report.noise_scales import NoiseCurve, noise_curves
 from orchestrator.report.summary import Summary
 from orchestrator.report.tuning_budgets import Budget, budgets
 from orchestrator.report.wording import metric_name
 
 SHADE = 0.12  # opacity of a band
-
-
-def multiples(count: int, columns: int = 3) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels with common axes; four are set in a square."""
-    columns = 2 if count == 4 else min(count, columns)
-    rows = math.ceil(count / columns)
-    size = (6.4, 4.2) if count == 1 else (max(6.4, 3.0 * columns), 0.9 + 2.5 * rows)
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
-    for axes in grid[count:]:
-        axes.set_axis_off()
-    for axes in grid[max(0, count - columns) : count]:
-        axes.tick_params(labelbottom=True)
-    return figure, list(grid[:count])
 
 
 # ------------------------------------------------------------------------------------------------------------ noise scale
@@ -47,27 +33,21 @@ def noise_scale(summary: Summary) -> Figure | None:
         return None
     arms = list(dict.fromkeys(c.arm for c in curves))
     batches = sorted({c.batch for c in curves})
-    figure, panels = multiples(len(arms))
+    figure, panels = multiples(len(arms), "examples seen", "gradient noise scale (examples)")
     limits = _limits(summary, curves)
     for axes, arm in zip(panels, arms, strict=True):
         for curve in (c for c in curves if c.arm == arm):
             _noise_curve(axes, curve, batches.index(curve.batch), len(batches), limits)
         _critical(axes, summary, arm)
-        axes.set(title=short(arm) if len(arms) > 1 else "", ylim=limits)
+        axes.set_title(short(arm) if len(arms) > 1 else "", fontsize=10)
+        axes.set(ylim=limits, xscale="log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        axes.xaxis.set_major_locator(MaxNLocator(4))
     log_y(panels[0])
-    _outer(figure, panels, "examples seen", "gradient noise scale (examples)")
     lines = [_batch_line(batch, i, len(batches)) for i, batch in enumerate(batches)]
     identified = any(law.identified for arm, law in summary.laws.items() if arm in arms)
     fitted = [Line2D([], [], color="black", linestyle="--", label="fitted critical batch size")] * identified
     below(figure, [*lines, *fitted])
     return figure
-
-
-def _outer(figure: Figure, panels: Sequence[Axes], x: str, y: str) -> None:
-    figure.supxlabel(x, fontsize=10)
-    figure.supylabel(y, fontsize=10)
 
 
 def _limits(summary: Summary, curves: Sequence[NoiseCurve]) -> tuple[float, float]:
@@ -115,12 +95,11 @@ def performance_profile(summary: Summary) -> Figure | None:
     profiles = arm_profiles(summary)
     if not profiles:
         return None
-    figure, panels = multiples(1 + examples_differ(summary))
+    figure, panels = multiples(1 + examples_differ(summary), y="share of workloads within tau")
     for axes, of, what in zip(panels, ("in_steps", "in_examples"), ("steps", "examples"), strict=False):
         for p in profiles:
             _stair(axes, getattr(p, of), summary.study.arms.index(p.arm))
-        axes.set(xlim=(1, LIMIT), ylim=(-0.02, 1.02), xlabel=f"tau: {what} to target over those of the fastest arm")
-    panels[0].set_ylabel("share of workloads within tau")
+        axes.set(xlim=(1, LIMIT), ylim=(-0.02, 1.02), xlabel=f"tau: {what} to target over the fewest")
     below(figure, [_arm_line(summary, p.arm, f"{short(p.arm)} ({_scores(p, len(panels))})") for p in profiles])
     return figure
 
@@ -131,12 +110,11 @@ def _arm_line(summary: Summary, arm: str, label: str) -> Line2D:
 
 
 def _stair(axes: Axes, ratios: Sequence[float], index: int) -> None:
-    """Rises at each ratio, from the share at 1 to that at the limit."""
-    ordered = sorted(r for r in ratios if r <= LIMIT)
-    xs = [1.0, *ordered, LIMIT]
-    ys = [i / len(ratios) for i in (0, *range(1, len(ordered) + 1), len(ordered))]
+    """Rises at each ratio, by the share of the workloads that have it."""
+    taus = sorted({1.0, LIMIT, *(r for r in ratios if r <= LIMIT)})
+    shares = [sum(r <= tau for r in ratios) / len(ratios) for tau in taus]
     style: dict[str, Any] = {"color": colour(index), "marker": marker(index), "markersize": 4}
-    axes.step(xs[1:], ys[1:], where="post", linewidth=1.6, **style)
+    axes.step(taus, shares, where="post", linewidth=1.6, **style)
 
 
 def _scores(p: Profile, panels: int) -> str:
@@ -153,7 +131,8 @@ def tuning_budget(summary: Summary) -> Figure | None:
         return None
     batches = sorted({b.batch for b in found})
     arms = dict.fromkeys(b.arm for b in found)
-    figure, panels = multiples(len(batches))
+    name = "steps to target" if summary.target else f"final {metric_name(summary.metric or '')}"
+    figure, panels = multiples(len(batches), "points tried", f"expected best {name}", share_y=False)
     for axes, batch in zip(panels, batches, strict=True):
         here = [b for b in found if b.batch == batch]
         for budget in here:
@@ -162,10 +141,8 @@ def tuning_budget(summary: Summary) -> Figure | None:
             axes.axvline(min(len(b.trials) for b in here), color=GREY, linestyle=":", linewidth=1)
         axes.set_title(f"batch {batch}" if len(batches) > 1 else "", fontsize=10)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    name = "steps to target" if summary.target else f"final {metric_name(summary.metric or '')}"
-    if summary.target:
-        log_y(panels[0])
-    _outer(figure, panels, "points tried", f"expected best {name}")
+        if summary.target:
+            log_y(axes)
     below(figure, [_arm_line(summary, arm, short(arm)) for arm in arms])
     return figure
 
