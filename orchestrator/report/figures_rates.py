@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from orchestrator.report.best_rates import BestRate, best_rates, guide
-from orchestrator.report.figures import GREY, batch_ticks, below, colour, log_y, marker, short
-from orchestrator.report.figures_comparison import multiples
+from orchestrator.report.figures import GREY, batch_ticks, below, colour, log_y, marker, multiples, short
 from orchestrator.report.summary import Summary
 
 GUIDES = {"--": (1.0, "in proportion to the batch"), ":": (0.5, "to its square root")}
@@ -23,14 +22,12 @@ def rates(summary: Summary) -> Figure | None:
     found = best_rates(summary)
     if not found:
         return None
-    figure, grid = multiples(len(found))
+    figure, grid = multiples(len(found), "batch size (examples)", "best peak learning rate")
     for axes, (arm, own) in zip(grid, found.items(), strict=True):
         _rates(axes, own, summary.study.arms.index(arm))
         axes.set(xscale="log", title=short(arm))
         batch_ticks(axes, summary.batches)
     log_y(grid[0])
-    figure.supxlabel("batch size (examples per optimizer step)", fontsize=10)
-    figure.supylabel("best peak learning rate", fontsize=10)
     below(figure, _handles(any(r.edge for own in found.values() for r in own)))
     return figure
 
