@@ -13,7 +13,7 @@ from strategies.net import Net
 
 def per_example(net: Net, batch: Batch, worker: Worker) -> float:
     """Of a forward and a backward pass, in convolutions, matrix products and attention; a multiplication with its addition
-    counts as 2. What a method does beyond these passes does not count. `batch`: two examples, so that batch norms work;
+    counts as 2. What a method does beyond these passes does not count. `batch`: `net.sample` examples;
     NaN where they do not fit into memory."""
     try:
         with FlopCounterMode(display=False) as counter:

@@ -153,7 +153,7 @@ class PhaseRun:
         self.every = job.evaluate.in_steps(job.dataset.examples, phase.batch)
         self.net = self._build()
         self.data = self._data()
-        self.flops = flops.per_example(self.net, self._train_batch(0, 2), worker)
+        self.flops = flops.per_example(self.net, self._train_batch(0, self.net.sample), worker)
         self._quicken()
         self.micro = self._micro_batch()
         self.state: State = phase.learner.init(self.net, worker)

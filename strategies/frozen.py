@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-CHUNK = {"cpu": 16, "cuda": 256}  # examples that frozen stages see at once
+CHUNKS = {"cpu": 16, "cuda": 256}  # examples that frozen stages see at once, by device
 
 
 def through(stages: Iterable[nn.Module], x: Tensor) -> Tensor:
@@ -18,8 +18,12 @@ def through(stages: Iterable[nn.Module], x: Tensor) -> Tensor:
     stages = list(stages)
     if not stages or not len(x):
         return _run(stages, x)
-    chunk = CHUNK.get(x.device.type, CHUNK["cpu"])
-    return torch.cat([_run(stages, _filled(part, chunk))[: len(part)] for part in x.split(chunk)])
+    size = chunk(x.device)
+    return torch.cat([_run(stages, _filled(part, size))[: len(part)] for part in x.split(size)])
+
+
+def chunk(device: torch.device) -> int:
+    return CHUNKS.get(device.type, CHUNKS["cpu"])
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.contract import ModelSpec, PlanError, Weights
-from strategies.frozen import through
+from strategies.frozen import chunk, through
 from strategies.net import Net
 from strategies.stage_wise import first, listed
 
@@ -96,6 +96,8 @@ class StagedNet(Net):
         )
         for module in self._done():
             module.requires_grad_(False).eval()
+        if not self.reads_features:
+            self.sample = chunk(next(self.parameters()).device)
 
 
 # ------------------------------------------------------------------------------------------------------------ building
