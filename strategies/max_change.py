@@ -57,8 +57,13 @@ class Steps:
             scales *= (total / (scales * norms).norm()).clamp(max=1.0)
             for own, old, scale in zip(self.layers, self.old, scales.tolist(), strict=True):
                 if scale < 1:
-                    torch._foreach_sub_(own, torch._foreach_mul(torch._foreach_sub(own, old), 1 - scale))
+                    _shorten(own, old, scale)
         self.old = None
+
+
+def _shorten(own: list[nn.Parameter], old: list[Tensor], scale: float) -> None:
+    for p, q in zip(own, old, strict=True):
+        p.sub_((p - q) * (1 - scale))
 
 
 def _distance(a: list[nn.Parameter], b: list[Tensor]) -> Tensor:

@@ -14,8 +14,6 @@ from torch import Tensor
 
 EPSILON = 1e-10  # least d and rho
 DELTA = 5e-4  # least d and rho, of the largest eigenvalue
-CONDITION = 1e6  # of Z, from which on rows of Q may have lost their right angles
-SKEW = 1e-3  # by which Q Q' may differ from I
 FIRST = 3  # steps of the power iteration on the first batch
 
 
@@ -64,43 +62,21 @@ class Factor:
         return sums.products if sums.products.ndim == 1 else (sums.products * self.q.double()).sum(1)
 
     def updated(self, sums: Sums, eta: float | Tensor) -> Factor:
-        """One step of the power iteration towards eta S + (1 - eta) F, whose trace the result has where no floor acts."""
+        """One step of the power iteration towards T = eta S + (1 - eta) F, whose trace F has then, where no floor acts.
+
+        Y = Q T; its singular values and right singular vectors are the new eigenvalues d + rho and the new Q (the
+        authors' eigenvalues of Y Y', without the square: rows of Q stay orthonormal, whatever the spectrum).
+        """
         rank, width = self.q.shape
         if not rank or not 0 < sums.square < inf:
             return self
         y = eta / sums.rows * sums.products + (1 - eta) * (self.d + self.rho)[:, None] * self.q.double()
         trace = eta / sums.rows * sums.square + (1 - eta) * self.trace()
-        roots, turn, floored = _spectrum(y, (1 - eta) * self.rho)
-        rho = (trace - roots.sum()) / (width - rank)
-        floor = (DELTA * roots.max()).clamp(min=EPSILON)
-        q = (turn.T @ y) / roots[:, None]
-        if floored or roots[0] ** 2 > CONDITION * roots[-1] ** 2:
-            q = _orthonormal(q)
-        rho = rho.maximum(floor)
-        return Factor(q.to(self.q.dtype), (roots - rho).maximum(floor), rho)
-
-
-def _spectrum(y: Tensor, least: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """(R,) square roots of the eigenvalues of Y Y', falling, raised to `least`; (R, R) eigenvectors; if any was raised."""
-    z = y @ y.T
-    least, size = (value.clamp(min=torch.finfo(z.dtype).tiny) for value in (least, z.trace()))
-    values, vectors = torch.linalg.eigh(z / size)
-    roots = (values.flip(0).clamp(min=0) * size).sqrt()
-    return roots.maximum(least), vectors.flip(1), bool((roots < least).any())
-
-
-def _orthonormal(q: Tensor) -> Tensor:
-    """The rows of `q`, made orthonormal where they are not."""
-    gram = q @ q.T
-    one = torch.eye(len(q), dtype=q.dtype, device=q.device)
-    if (gram - one).abs().max() <= SKEW:
-        return q
-    lower, failed = torch.linalg.cholesky_ex(gram)
-    if not failed:
-        q = torch.linalg.solve_triangular(lower, q, upper=False)
-        if (q @ q.T - one).abs().max() <= SKEW:
-            return q
-    return torch.linalg.qr(q.T).Q.T.contiguous()
+        _, values, q = torch.linalg.svd(y, full_matrices=False)
+        values = values.maximum((1 - eta) * self.rho)
+        floor = (DELTA * values.max()).clamp(min=EPSILON)
+        rho = ((trace - values.sum()) / (width - rank)).maximum(floor)
+        return Factor(q.to(self.q.dtype), (values - rho).maximum(floor), rho)
 
 
 def rank_of(width: int, limit: int) -> int:
@@ -148,9 +124,8 @@ def merged(factors: list[Factor]) -> Factor:
         return one
     count = len(factors)
     stacked = torch.cat([f.q.double() * (f.d / count).sqrt()[:, None] for f in factors])
-    values, vectors = torch.linalg.eigh(stacked @ stacked.T)
-    top, turn = values.flip(0)[:rank].clamp(min=EPSILON), vectors.flip(1)[:, :rank]
-    q = _orthonormal((turn.T @ stacked) / top.sqrt()[:, None])
-    rest = (stacked.square().sum() - top.sum()).clamp(min=0) / (width - rank)
+    _, values, q = torch.linalg.svd(stacked, full_matrices=False)
+    top, left = values[:rank].square(), values[rank:].square().sum()
+    rest = left / (width - rank)
     rho = torch.stack([f.rho for f in factors]).mean() + rest
-    return Factor(q.to(one.q.dtype), (top - rest).clamp(min=EPSILON), rho)
+    return Factor(q[:rank].to(one.q.dtype), (top - rest).clamp(min=EPSILON), rho)

@@ -86,7 +86,7 @@ def _to_input(layer: ConvLayer, x: Tensor, rows: Tensor) -> Tensor:
     kernel: tuple[int, int] = conv.kernel_size  # type: ignore[assignment]
     columns = rows.unflatten(2, (*kernel, -1)).unflatten(1, (len(x), -1)).permute(1, 0, 5, 3, 4, 2)
     size = padded.shape[2:]
-    spread = fold(columns.flatten(1, 4), size, kernel, conv.dilation, 0, conv.stride)  # type: ignore[arg-type]
+    spread = fold(columns.flatten(1, 4), size, kernel, conv.dilation, 0, conv.stride)
     return torch.autograd.grad(padded, inside, spread)[0]
 
 
