@@ -7,8 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from orchestrator.report.figures import below, colour, marker
-from orchestrator.report.figures_comparison import multiples
+from orchestrator.report.figures import below, colour, marker, multiples
 from orchestrator.report.stage_features import Looked, Stage, looked_at
 from orchestrator.report.summary import Summary
 
