@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -30,36 +30,30 @@ class BestRate:
 @lru_cache(maxsize=1)
 def best_rates(summary: Summary) -> dict[str, list[BestRate]]:
     """By arm, of those whose rate was chosen at two batch sizes or more."""
-    found = {
-        arm: [_with_edge(summary, c, r) for c in cells if (r := _rate(summary, c))] for arm, cells in _chosen(summary)
-    }
+    found = {arm: [r for c in cells if (r := _best(summary, c))] for arm, cells in summary.cells.items()}
     return {arm: rates for arm, rates in found.items() if len(rates) > 1}
 
 
-def _chosen(summary: Summary) -> list[tuple[str, list[Cell]]]:
-    cells = {arm: [c for c in own if c.settings > 1 and PATH in c.setting] for arm, own in summary.cells.items()}
-    return list(cells.items())
-
-
-def _rate(summary: Summary, cell: Cell) -> BestRate | None:
-    """None of a trial in another version's words."""
+def _best(summary: Summary, cell: Cell) -> BestRate | None:
+    """None where the rate was not chosen, or of a trial in another version's words."""
+    if cell.settings == 1 or PATH not in cell.setting:
+        return None
     try:
         base = Base.model_validate(summary.study.config(cell.trials[0]).get("base"))
     except ValidationError:
         return None
-    stated = base.model_copy(update={"rate": base.rate.model_copy(update={"peak": cell.setting[PATH]})})
-    return BestRate(cell.batch, peak(stated), None)
+    chosen = base.model_copy(update={"rate": base.rate.model_copy(update={"peak": cell.setting[PATH]})})
+    return BestRate(cell.batch, peak(chosen), _edge(summary, cell))
 
 
-def _with_edge(summary: Summary, cell: Cell, found: BestRate) -> BestRate:
-    """A search tells edges itself; in a grid they are the least and the largest value."""
+def _edge(summary: Summary, cell: Cell) -> str | None:
+    """A search tells its edges; those of a grid are its least and its largest value."""
     if cell.fresh:
-        return replace(found, edge=side(cell.trials[0].edge or "", PATH))
+        return side(cell.trials[0].edge or "", PATH)
     here = [r for r in summary.study.results if (r.arm, r.batch) == (cell.arm, cell.batch)]
-    tried = [r.point[PATH] for r in here if PATH in r.point]
-    rate = cell.setting[PATH]
-    edge = "upper" if rate == max(tried) else "lower" if rate == min(tried) else None
-    return replace(found, edge=edge if min(tried) < max(tried) else None)
+    tried = {r.point[PATH] for r in here if PATH in r.point}
+    ends = {min(tried): "lower", max(tried): "upper"}
+    return ends.get(cell.setting[PATH]) if len(tried) > 1 else None
 
 
 def exponent(rates: Sequence[BestRate]) -> float | None:

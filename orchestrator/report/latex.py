@@ -71,8 +71,11 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _cell(text: str, right: bool) -> str:
-    """Intervals of numbers get an en dash; a name keeps its hyphens."""
-    return re.sub(r"(?<=\d)-(?=\d)", "--", escaped(text)) if right else escaped(text)
+    """Of numbers, intervals get an en dash and exponents are set as such; a name keeps its hyphens."""
+    if not right:
+        return escaped(text)
+    power = re.sub(r"([\d.]+)e\+?(-?)0*(\d+)", r"$\1 \\times 10^{\2\3}$", escaped(text))
+    return re.sub(r"(?<=[\d$])-(?=[\d$])", "--", power)
 
 
 def _heading(name: str) -> str:

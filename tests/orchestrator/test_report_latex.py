@@ -117,6 +117,12 @@ def test_names_from_results_are_escaped_everywhere(tmp_path: Path) -> None:
         assert {row["Arm"] for row in contents(tex)} == {printed(escaped(ODD))}
 
 
+def test_numbers_are_set_as_numbers_and_names_as_names() -> None:
+    rows = [{"arm": "v1-2e3", "steps": "2e+06-1.5e+07"}, {"arm": "x", "steps": "0.1-1e-05"}]
+    body = latex.latex("s", latex.Content("t", rows, []))
+    assert r"v1-2e3 & $2 \times 10^{6}$--$1.5 \times 10^{7}$ \\" in body and r"x & 0.1--$1 \times 10^{-5}$ \\" in body
+
+
 # ------------------------------------------------------------------------------------------------------------ contents
 
 
