@@ -159,10 +159,21 @@ def test_kept_features_equal_computed_ones_bit_for_bit(dtype: torch.dtype, micro
     ]
     assert distance(*runs) == 0
     assert untimed(runs[0]) == untimed(runs[1])
+    assert runs[0].rows[-1]["flops"] > runs[1].rows[-1]["flops"]  # of steps: making features is charged in seconds
 
 
 def untimed(trained: Trained) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if "second" not in k} for row in trained.rows]
+    return [{k: v for k, v in row.items() if "second" not in k and k != "flops"} for row in trained.rows]
+
+
+def test_flops_are_those_of_the_formula(tmp_path: Path) -> None:
+    """3 F_s of the part and F_j of each stage before it, save that the first layer of all has no gradient for its input."""
+    linear, head, last = 2 * 6 * 8, 2 * 8 * CLASSES, 2 * 8 * 8
+    rows = {cache: train(plan(cuts=[1], cache=cache), tmp_path / cache, Indexed()).rows for cache in ("off", "exact")}
+    first_part = 144 * (2 * linear + 3 * head)
+    assert rows["off"][11]["flops"] == first_part
+    second = {"off": 144 * (linear + 2 * last + 3 * head), "exact": 144 * (2 * last + 3 * head)}
+    assert {cache: r[-1]["flops"] - first_part for cache, r in rows.items()} == second
 
 
 @pytest.fixture(scope="module")
@@ -221,9 +232,10 @@ def test_rounded_features_are_as_close_as_their_store_has_it(store: str, tmp_pat
     assert torch.equal(kept.test(0, 31).x, true[:31])
 
 
-def test_the_cost_is_that_of_the_formula(tmp_path: Path) -> None:
+def test_the_cost_is_that_of_the_formula(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Examples through each stage, forward and backward: E epochs of each part, its prefix too unless that is kept; then
     each frozen stage sees each example once. What fills up a chunk is not counted."""
+    monkeypatch.setattr("orchestrator.flops.per_example", lambda *args: 0.0)  # has a pass of its own
     n, epochs, tests = EXAMPLES, 2, 31
     ran: Counter[tuple[str, int]] = Counter()
     for cache in ("off", "exact"):
