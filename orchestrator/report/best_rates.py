@@ -22,6 +22,8 @@ FEWEST = 3  # batch sizes inside their box, for an exponent: a line through two 
 
 @dataclass(frozen=True, slots=True)
 class BestRate:
+    arm: str
+    trials: tuple[str, ...]
     batch: int
     rate: float  # at the peak of its schedule, as the scaling rule makes it at this batch size
     edge: str | None  # "lower" | "upper": where it is the last value that was tried, so that the best may lie beyond
@@ -30,8 +32,22 @@ class BestRate:
 @lru_cache(maxsize=1)
 def best_rates(summary: Summary) -> dict[str, list[BestRate]]:
     """By arm, of those whose rate was chosen at two batch sizes or more."""
-    found = {arm: [r for c in cells if (r := _best(summary, c))] for arm, cells in summary.cells.items()}
-    return {arm: rates for arm, rates in found.items() if len(rates) > 1}
+    return {arm: rates for arm, rates in _chosen(summary).items() if len(rates) > 1}
+
+
+def _chosen(summary: Summary) -> dict[str, list[BestRate]]:
+    return {arm: [r for c in cells if (r := _best(summary, c))] for arm, cells in summary.cells.items()}
+
+
+def listed(summary: Summary) -> list[BestRate]:
+    return [rate for rates in best_rates(summary).values() for rate in rates]
+
+
+def unsaid(summary: Summary) -> list[str]:
+    """Why there is no figure, where a rate was chosen."""
+    if best_rates(summary) or not any(_chosen(summary).values()):
+        return []
+    return ["No figure of the best rates: each arm's rate was chosen at one batch size at most."]
 
 
 def _best(summary: Summary, cell: Cell) -> BestRate | None:
@@ -43,7 +59,8 @@ def _best(summary: Summary, cell: Cell) -> BestRate | None:
     except ValidationError:
         return None
     chosen = base.model_copy(update={"rate": base.rate.model_copy(update={"peak": cell.setting[PATH]})})
-    return BestRate(cell.batch, peak(chosen), _edge(summary, cell))
+    trials = tuple(t.trial for t in cell.trials)
+    return BestRate(cell.arm, trials, cell.batch, peak(chosen), _edge(summary, cell))
 
 
 def _edge(summary: Summary, cell: Cell) -> str | None:
@@ -70,7 +87,7 @@ def caption(summary: Summary) -> tuple[str, str]:
     grown = (
         f" Where it lies inside its box, the best rate grows as B to the power of {joined(slopes)}." if slopes else ""
     )
-    edges = sum(bool(r.edge) for rates in found.values() for r in rates)
+    edges = sum(bool(r.edge) for r in listed(summary))
     beyond = f" Open triangles: {edges} at the edge of what was tried: the best may lie beyond." if edges else ""
     return "Best learning rate against batch size", (
         "Peak learning rate of the best setting at each batch size, scaling rule included. Dashed: in proportion to the batch "

@@ -1,22 +1,32 @@
-"""evidence.json: every number of the comparisons in a report, unrounded, with the ids of the trials that it comes from."""
+"""evidence.json: every number of the comparisons and predictions in a report, unrounded, with the ids of the trials that it comes from."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from orchestrator.report.arm_pairs import comparisons
 from orchestrator.report.arm_profiles import arm_profiles
+from orchestrator.report.best_rates import listed
 from orchestrator.report.noise_scales import noise_curves
+from orchestrator.report.outlook import predicted
 from orchestrator.report.summary import Summary
 from orchestrator.report.tuning_budgets import budgets
 
 
 def evidence(summary: Summary) -> str:
-    """JSON with a key per kind of comparison; null stands for what has no value or no end."""
-    kinds = {"noise_scale": noise_curves, "paired": comparisons, "profiles": arm_profiles, "budgets": budgets}
+    """JSON with a key per kind of number; null stands for what has no value or no end."""
+    kinds: dict[str, Callable[[Summary], Sequence[Any]]] = {
+        "noise_scale": noise_curves,
+        "paired": comparisons,
+        "profiles": arm_profiles,
+        "budgets": budgets,
+        "best_rates": listed,
+        "predictions": predicted,
+    }
     found = {kind: [_plain(asdict(one)) for one in of(summary)] for kind, of in kinds.items()}
     return json.dumps(found, indent=1) + "\n"
 

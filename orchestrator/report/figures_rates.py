@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from orchestrator.report.best_rates import BestRate, best_rates, guide
+from orchestrator.report.best_rates import BestRate, best_rates, guide, listed
 from orchestrator.report.figures import GREY, batch_ticks, below, colour, log_y, marker, multiples, short
 from orchestrator.report.summary import Summary
 
@@ -28,7 +28,7 @@ def rates(summary: Summary) -> Figure | None:
         axes.set(xscale="log", title=short(arm))
         batch_ticks(axes, summary.batches)
     log_y(grid[0])
-    below(figure, _handles(any(r.edge for own in found.values() for r in own)))
+    below(figure, _handles(any(r.edge for r in listed(summary))))
     return figure
 
 

@@ -95,6 +95,27 @@ def _forecast(summary: Summary, one: Outlook) -> Forecast:
     return forecast(one.steps, one.calibration, None, [workers], [b for b in one.batches if b >= workers])
 
 
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """A point of the fan."""
+
+    arm: str
+    trials: tuple[str, ...]
+    batch: int
+    steps: Range
+    seconds: Range | None
+
+
+def predicted(summary: Summary) -> list[Predicted]:
+    found = []
+    for one in outlooks(summary).arms:
+        trials = tuple(t.trial for cell in summary.cells[one.arm] for t in cell.trials)
+        times = dict(times_ahead(summary).get(one.arm, []))
+        rows = zip(one.batches, one.ahead, strict=True)
+        found += [Predicted(one.arm, trials, batch, steps, times.get(batch)) for batch, steps in rows]
+    return found
+
+
 @lru_cache(maxsize=1)
 def spreads(summary: Summary) -> dict[str, Forecast]:
     """By arm: batch sizes measured and beyond on WORKERS, over the network that `bigbatch predict` assumes by default."""

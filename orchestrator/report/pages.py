@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from orchestrator.report import best_rates, outlook
 from orchestrator.report.arm_pairs import pairs_note, pairs_table
 from orchestrator.report.arm_profiles import PROFILES_NOTE, profiles_table
 from orchestrator.report.captions import notes
@@ -20,7 +21,6 @@ from orchestrator.report.gallery import GALLERY
 from orchestrator.report.inline_svg import inlined
 from orchestrator.report.load import as_text
 from orchestrator.report.noise_scales import NOISE_NOTE, noise_table
-from orchestrator.report.outlook import unsaid
 from orchestrator.report.search_table import search_table
 from orchestrator.report.stage_features import features_table
 from orchestrator.report.summary import Summary
@@ -49,7 +49,7 @@ class Page:
     status: str  # how much of the study this is
     headlines: list[str]
     figures: list[Figure]
-    unsaid: list[str]  # what is not predicted, and why
+    unsaid: list[str]  # which figures are missing, and why
     sections: list[Section]  # tables
     notes: list[str]
     environment: list[tuple[str, str]]  # dotted name, value
@@ -63,7 +63,7 @@ def page(summary: Summary, headlines: list[str], drawn: dict[str, dict[str, byte
         status=f"{len(study.results)} of {study.planned} trials",
         headlines=headlines,
         figures=[_figure(name, files["svg"], summary) for name, files in drawn.items()],
-        unsaid=unsaid(summary),
+        unsaid=[*best_rates.unsaid(summary), *outlook.unsaid(summary)],
         sections=_sections(summary),
         notes=notes(summary),
         environment=list(flat(study.env)),

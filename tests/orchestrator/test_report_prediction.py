@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from orchestrator.batch_law.law import Law
 from orchestrator.predict.command import predict
 from orchestrator.predict.hardware import DEFAULT, OWN
 from orchestrator.report import outlook
+from orchestrator.report.evidence import evidence
 from orchestrator.report.figures import draw
 from orchestrator.report.figures_prediction import fan, time_and_cost
 from orchestrator.report.load import load
@@ -59,6 +62,9 @@ def test_it_is_what_the_command_says(known: Path) -> None:
     for row, ahead in zip(own.rows, one.ahead, strict=True):
         assert row.steps.value == ahead.value
         assert (ahead.low, ahead.high) == pytest.approx((row.steps.low, row.steps.high), rel=0.1)  # by other draws
+    told = json.loads(evidence(made))["predictions"]
+    assert [one["seconds"] for one in told] == [asdict(row.seconds) for row in own.rows]
+    assert set(told[0]["trials"]) == {p.name for p in (known / "trials").iterdir()}
     ((front,), _) = predict([known], workers, hardware=DEFAULT)
     offered = outlook.offers(made)["sgd"]
     assert [(o.workers, o.batch, o.seconds) for o in offered] == [

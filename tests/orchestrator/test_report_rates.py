@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.report.best_rates import BestRate, best_rates, caption, exponent, guide
+from orchestrator.report.best_rates import BestRate, best_rates, caption, exponent, guide, unsaid
 from orchestrator.report.figures import draw
 from orchestrator.report.figures_rates import rates
 from orchestrator.report.load import load
@@ -41,7 +41,9 @@ def at(batch: int, rate: float) -> dict[str, float]:
 def test_the_rate_of_each_winner(tmp_path: Path) -> None:
     made = searched(tmp_path, {32: 0.1, 64: 0.2, 128: 0.3}, "base.rate.peak 0.3 at the upper edge of [0.01, 0.3]")
     found = best_rates(summary(made))
-    assert found == {"sgd": [BestRate(32, 0.1, None), BestRate(64, 0.2, None), BestRate(128, 0.3, "upper")]}
+    told = [(r.batch, r.rate, r.edge) for r in found["sgd"]]
+    assert told == [(32, 0.1, None), (64, 0.2, None), (128, 0.3, "upper")]
+    assert [r.trials for r in found["sgd"]] == [(made.ids[i],) for i in (3, 7, 11)]  # the winners
 
 
 def test_scaling_rules_enter(tmp_path: Path) -> None:
@@ -69,17 +71,24 @@ def test_nothing_where_no_rate_was_chosen_at_two_batch_sizes(tmp_path: Path) -> 
         made.add("plain", 64, 0, 60)
         found = summary(made)
         assert best_rates(found) == {} and draw(found, {"best_rate": rates}) == {}
+        assert unsaid(found) == [
+            "No figure of the best rates: each arm's rate was chosen at one batch size at most."
+        ] * len(winners)
+
+
+def rate(batch: int, value: float, edge: str | None = None) -> BestRate:
+    return BestRate("sgd", (), batch, value, edge)
 
 
 def test_exponents_leave_out_edges() -> None:
     """Square roots exactly, save at the edge of the box, which cuts the last one off."""
-    inside = [BestRate(batch, 0.01 * batch**0.5, None) for batch in (32, 64, 128)]
-    assert exponent([*inside, BestRate(256, 0.12, "upper")]) == pytest.approx(0.5, abs=1e-12)
+    inside = [rate(batch, 0.01 * batch**0.5) for batch in (32, 64, 128)]
+    assert exponent([*inside, rate(256, 0.12, "upper")]) == pytest.approx(0.5, abs=1e-12)
     assert exponent(inside[:2]) is None
 
 
 def test_guides_start_at_the_smallest_batch_size() -> None:
-    own = [BestRate(32, 0.1, None), BestRate(128, 0.7, None)]
+    own = [rate(32, 0.1), rate(128, 0.7)]
     assert guide(own, 1.0) == pytest.approx([0.1, 0.4]) and guide(own, 0.5) == pytest.approx([0.1, 0.2])
 
 
