@@ -1,4 +1,4 @@
-"""evidence.json: every number of the comparisons and predictions in a report, unrounded, with the ids of the trials that it comes from."""
+"""evidence.json: every number of comparisons and predictions in a report, unrounded, with the ids of its trials."""
 
 from __future__ import annotations
 
