@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from strategies.net import Net
 
-Amplitude: TypeAlias = Literal["auto", "area", "norm"]
+Amplitude: TypeAlias = Literal["auto", "kernel_ratio"]
 Interpolation: TypeAlias = Literal["bilinear", "bicubic", "nearest"]
 POWERS = {"momentum_buffer": 1, "exp_avg": 1, "mean": 1, "exp_avg_sq": 2, "square": 2}
 """How often the gradient enters what an optimizer keeps per weight."""
@@ -93,7 +93,7 @@ class Grow:
 
     def _growth(self, name: str, old: Tensor, layer: Any, channels: int, normed: bool) -> Growth:
         before, after = (as_kernel(name, tuple(t.shape), channels) for t in (old, layer.weight))
-        normed = self.amplitude == "norm" or (self.amplitude == "auto" and normed)
+        normed = normed and self.amplitude == "auto"
         return Growth(before, (after[2], after[3]), tuple(layer.weight.shape), self.mode, normed)
 
     def state(self, old: dict[str, Any], new: State) -> dict[str, Any]:

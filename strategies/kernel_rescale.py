@@ -46,8 +46,8 @@ class KernelRescale(Strategy):
     )
     amplitude: Amplitude = option(
         "auto",
-        "factor of a kernel of a x a taps that becomes one of b x b; area: (a/b)^2; norm: a/b; auto: a/b in front of a "
-        "norm, else (a/b)^2",
+        "factor of a kernel of a x a taps that becomes one of b x b; kernel_ratio: (a/b)^2; auto: a/b in front of a norm, "
+        "where it changes nothing but the length of the weights, else (a/b)^2",
     )
     state: Literal["transfer", "reset"] = option(
         "transfer", "momentum and whatever else learners keep grows with the kernels, or begins anew after each switch"
