@@ -64,6 +64,7 @@ def test_the_network_is_the_one_that_was_trained(study: Path) -> None:
     assert np.allclose(one, net.stages[0](test.x).detach().flatten(1).numpy(), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_report_shows_what_was_measured_and_goes_on_showing_it(study: Path, tmp_path: Path) -> None:
     shutil.copytree(study.parent, tmp_path / "runs")
