@@ -9,8 +9,9 @@ smoothed to F + alpha tr(F) / D I before its inverse acts; then each side's rows
 so the rate keeps its meaning: of the gradient of the mean loss (the authors' rate per sample, times the batch). A batch meets
 factors as they were before it. A convolution is preconditioned by the rows and columns of its gradient, as in Kaldi, or as an
 affine layer, with `patch_affine`. Norm parameters, and what is neither linear nor a two-dimensional convolution, keep their
-gradients. Momentum and weight decay stay the optimizer's; a step that is not finite ends the trial. The first batch costs D^2
-values of memory for each side of D columns.
+gradients. Momentum and weight decay stay the optimizer's; a step that is not finite ends the trial. The first batch, which
+starts the factors by three updates, costs D^2 values of memory for each side of D columns; sides of more than 4096 start by
+one, and act from the second batch on.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 BATCHES = 4  # steps that factors of gradient rows remember, where the recipe says nothing
 ALWAYS = 10  # first steps, all of which update factors
 NEWEST = 0.9  # largest share of the newest batch in a factor
+WIDEST = 4096  # columns of a side, up to which X'X of the first batch is held whole
 
 Affine: TypeAlias = LinearLayer | ConvLayer
 FIELDS = ("q", "d", "rho")
@@ -95,14 +97,16 @@ class Preconditioner:
         self._tally(side).add(rows, samples, self._probe(side))
 
     def _probe(self, side: str) -> Tensor | None:
-        return self._factor(side).q if self.steps else None
+        """What products are taken with; None: X'X is wanted whole, since a factor's first updates all use one batch."""
+        q = self._factor(side).q
+        return q if self.steps or q.shape[1] > WIDEST else None
 
     def _tally(self, side: str) -> Tally:
         if side not in self.tallies:
             factor = self._factor(side)
-            (rank, width), like = factor.q.shape, factor.d
-            shape = (width, width) if not self.steps else (rank, width) if self.updates else (rank,)
-            self.tallies[side] = Tally(like.new_zeros(3), like.new_zeros(shape))
+            rank, width = factor.q.shape
+            shape = (width, width) if self._probe(side) is None else (rank, width) if self.updates else (rank,)
+            self.tallies[side] = Tally(factor.d.new_zeros(3), factor.d.new_zeros(shape))
         return self.tallies[side]
 
     def _collect(self) -> dict[str, Tally]:
@@ -143,9 +147,11 @@ class Preconditioner:
         sums = tally.sums(scale) if tally else self._of_gradient(side, matrix * batch)
         eta = self._eta(tally.head[0] if tally else None)
         factor, alpha = self._factor(side), self.options.alpha
-        if not self.steps:
+        if self._probe(side) is None:
             factor = first(factor, sums, eta)
             sums = onto(factor, sums)
+        elif not self.steps:  # too wide a side: its factor knows nothing yet
+            alpha = inf
         result = factor.reduce(matrix, alpha), factor.scale(sums, alpha)
         if self.updates:
             self.state.saved["factors"][side] = _fields(factor.updated(sums, eta))

@@ -114,6 +114,24 @@ def test_a_convolution_goes_by_the_rows_and_columns_of_its_gradient() -> None:
     assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)
 
 
+def test_a_wide_side_starts_by_one_update_and_acts_from_the_second_batch_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("strategies.preconditioner.WIDEST", 6)  # below the 7 columns of the first layer's inputs
+    net = tiny_net((WIDTH,), CLASSES).double()
+    batches = [Blobs().train(12 * i, 12 * i + 12) for i in range(2)]
+    options = {"rank_in": 3, "rank_out": 0, "history_batches": 3}
+    twin = tiny_net((WIDTH,), CLASSES).double()
+    twin.load_state_dict(net.state_dict())
+    one, two = moved(net, options, batches)
+    (x, y), _ = linear_rows(twin, batches[0])
+    assert torch.allclose(one["stages.0.0.weight"], (y.T @ x)[:, :-1] / 12, rtol=1e-12, atol=1e-14)
+    with torch.no_grad():
+        for name, p in twin.named_parameters():
+            p -= one[name]
+    factor = follow(start(7, 3, x), x, 1 / 3)
+    (x, y), _ = linear_rows(twin, batches[1])
+    assert torch.allclose(two["stages.0.0.weight"], (y.T @ dense(x, factor))[:, :-1] / 12, rtol=1e-9, atol=1e-12)
+
+
 def test_what_is_no_affine_layer_keeps_its_gradient() -> None:
     net, batch = normalised_net((WIDTH,), CLASSES).double(), Blobs().train(0, 5)
     norm = net.stages[0][1]  # type: ignore[index]
