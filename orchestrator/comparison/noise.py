@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from numpy.polynomial.chebyshev import chebvander
 from numpy.typing import NDArray
 from scipy.special import stdtrit
 
@@ -28,6 +29,7 @@ FEWEST = 8  # rows; with fewer there is no interval
 ROWS = 16  # of all trials together, for a stretch
 STRETCHES = 12  # at most
 BLOCKS = 5  # at least
+TREND, TRENDS = 3, 64  # degree of the trend of a whole run, and rows from which it is taken out
 ALIKE = 0.97  # correlation of neighbours, at most
 
 
@@ -64,22 +66,26 @@ class Stretch:
     scale: Ratio
 
 
-def ratio(trials: Sequence[Series]) -> Ratio:
-    """Average trace over average signal, in all rows of all trials. Raises ValueError without rows."""
+def ratio(trials: Sequence[Series], trend: int = 0) -> Ratio:
+    """Average trace over average signal, in all rows of all trials. Raises ValueError without rows.
+
+    What a polynomial of degree `trend` in the examples seen explains of either is no scatter.
+    """
     filled = [t for t in trials if len(t.trace)]
     if not filled:
         raise ValueError("a noise scale needs at least one row")
-    pairs = [np.stack([t.trace * t.weight, t.signal * t.weight], axis=1) for t in filled]
-    trace, signal = sum(p.sum(axis=0) for p in pairs)
-    rows = sum(map(len, pairs))
-    value = float(trace / signal) if signal > 0 else math.inf
-    block = _block(pairs, value)
+    trace, signal = (float(sum((getattr(t, name) * t.weight).sum() for t in filled)) for name in ("trace", "signal"))
+    value = trace / signal if signal > 0 else math.inf
+    off = _residuals(filled, trend)
+    rows, block = sum(map(len, off)), _block(off, value)
     if rows < FEWEST:
         return Ratio(value, 0.0, math.inf, rows, block)
-    sums = np.concatenate([_block_sums(p, block) for p in pairs])
-    blocks = rows / block
-    scatter = blocks * np.cov(sums, rowvar=False) * float(stdtrit(blocks - 1, (1 + LEVEL) / 2)) ** 2
-    return Ratio(value, *_fieller(float(trace), float(signal), scatter), rows, block)
+    sums = np.concatenate([_block_sums(o, block) for o in off])
+    freedom = (rows - trend - 1) / block
+    reach = float(stdtrit(freedom, (1 + LEVEL) / 2)) ** 2 * rows / (rows - trend - 1)
+    return Ratio(
+        value, *_fieller(trace, signal, reach * rows / block * np.cov(sums, rowvar=False, ddof=0)), rows, block
+    )
 
 
 def along(trials: Sequence[Series]) -> list[Stretch]:
@@ -91,14 +97,26 @@ def along(trials: Sequence[Series]) -> list[Stretch]:
     return [Stretch(a, b, ratio(part)) for a, b, part in found if any(len(t.trace) for t in part)]
 
 
-def _block(pairs: Sequence[Array], value: float) -> int:
-    """Rows per block, from the correlation of neighbours in what decides the ratio: trace - value x signal."""
-    rows = sum(map(len, pairs))
-    decides = [p[:, 0] - value * p[:, 1] if math.isfinite(value) else p[:, 1] for p in pairs]
-    middle = np.concatenate(decides).mean()
-    off = [d - middle for d in decides]
-    power = sum(float(d @ d) for d in off)
-    rho = sum(float(d[1:] @ d[:-1]) for d in off) / power if power > 0 else 0.0
+def whole(trials: Sequence[Series]) -> Ratio:
+    """Of the whole run, whose trend is no scatter of its average."""
+    return ratio(trials, TREND if sum(len(t.trace) for t in trials) >= TRENDS else 0)
+
+
+def _residuals(trials: Sequence[Series], trend: int) -> list[Array]:
+    """Of each trial (rows, 2): trace and signal off their common trend, by weight."""
+    values = np.concatenate([np.stack([t.trace, t.signal], axis=1) for t in trials])
+    examples = np.concatenate([t.examples for t in trials])
+    basis = chebvander(2 * examples / examples.max() - 1, trend)
+    off = values - basis @ np.linalg.lstsq(basis, values, rcond=None)[0]
+    off = off * np.concatenate([t.weight for t in trials])[:, None]
+    return np.split(off, np.cumsum([len(t.trace) for t in trials])[:-1])
+
+
+def _block(off: Sequence[Array], value: float) -> int:
+    """Rows per block, from the correlation of neighbours in what decides the ratio R: trace - R x signal."""
+    decides = [o[:, 0] - value * o[:, 1] if math.isfinite(value) else o[:, 1] for o in off]
+    rows, power = sum(map(len, off)), sum(float(d @ d) for d in decides)
+    rho = sum(float(d[1:] @ d[:-1]) for d in decides) / power if power > 0 else 0.0
     rho = min(max(rho, 0.0), ALIKE)
     best = (math.sqrt(6) * rho / (1 - rho**2)) ** (2 / 3) * rows ** (1 / 3)
     return max(1, min(math.ceil(best), rows // BLOCKS))

@@ -122,7 +122,8 @@ def notes(summary: Summary) -> list[str]:
     ]
     if summary.all_cells:
         said.append(
-            "The folder tables/ has the results for papers: LaTeX with booktabs, a file per table, for \\input."
+            "The folder tables/ has the results for papers: LaTeX with booktabs, a file per table, for \\input. The trials "
+            "behind every number, by id, are in evidence.json; the fit of an arm rests on all of its cells."
         )
     if summary.target:
         said += [

@@ -1,4 +1,4 @@
-"""evidence.json: every number of comparisons and predictions in a report, unrounded, with the ids of its trials."""
+"""evidence.json: the trials behind every number of a report, by id; numbers of comparisons and predictions unrounded."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from orchestrator.report.arm_profiles import arm_profiles
 from orchestrator.report.best_rates import listed
 from orchestrator.report.noise_scales import noise_curves
 from orchestrator.report.outlook import predicted
-from orchestrator.report.summary import Summary
+from orchestrator.report.summary import Cell, Summary
 from orchestrator.report.tuning_budgets import budgets
 
 
 def evidence(summary: Summary) -> str:
-    """JSON with a key per kind of number; null stands for what has no value or no end."""
+    """JSON: `cells` for medians, figures and the fits over an arm's cells, then a key per kind of number.
+
+    null stands for what has no value or no end.
+    """
     kinds: dict[str, Callable[[Summary], Sequence[Any]]] = {
         "noise_scale": noise_curves,
         "paired": comparisons,
@@ -28,7 +31,11 @@ def evidence(summary: Summary) -> str:
         "predictions": predicted,
     }
     found = {kind: [_plain(asdict(one)) for one in of(summary)] for kind, of in kinds.items()}
-    return json.dumps(found, indent=1) + "\n"
+    return json.dumps({"cells": [_cell(cell) for cell in summary.all_cells], **found}, indent=1) + "\n"
+
+
+def _cell(cell: Cell) -> dict[str, Any]:
+    return {"arm": cell.arm, "batch": cell.batch, "setting": cell.setting, "trials": [t.trial for t in cell.trials]}
 
 
 def _plain(value: Any) -> Any:

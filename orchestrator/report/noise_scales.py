@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.comparison.noise import FEWEST, Ratio, Series, Stretch, along, ratio
+from orchestrator.comparison.noise import FEWEST, Ratio, Series, Stretch, along, whole
 from orchestrator.report.load import Result, Study
 from orchestrator.report.summary import Cell, Summary
 from orchestrator.report.tables import Table
@@ -48,12 +48,12 @@ def _curve(study: Study, cell: Cell) -> NoiseCurve | None:
     if not measured:
         return None
     trials = list(measured.values())
-    whole, stretches = ratio(trials), tuple(along(trials))
+    run, stretches = whole(trials), tuple(along(trials))
     reached = median([_examples_to_target(t) for t in cell.trials])
     there = next((s for s in stretches if s.first < reached <= s.last), None)
     sizes = [t.examples / t.epochs for t in cell.trials if t.examples and t.epochs]
-    high = bool(sizes) and math.isfinite(whole.value) and saturated(whole.value, round(sizes[0]))
-    return NoiseCurve(cell.arm, cell.batch, tuple(measured), whole, stretches, there, high)
+    high = bool(sizes) and math.isfinite(run.value) and saturated(run.value, round(sizes[0]))
+    return NoiseCurve(cell.arm, cell.batch, tuple(measured), run, stretches, there, high)
 
 
 def _series(study: Study, trial: Result) -> Series | None:

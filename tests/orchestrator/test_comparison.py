@@ -10,7 +10,7 @@ import pytest
 from scipy import integrate, stats
 
 from orchestrator.comparison import budget, paired, profiles
-from orchestrator.comparison.noise import Series, along, ratio
+from orchestrator.comparison.noise import Series, along, ratio, whole
 
 INF = math.inf
 
@@ -45,6 +45,17 @@ def test_a_ratio_of_averages_is_right_where_an_average_of_ratios_is_not():
     found = ratio([series(trace, signal)])
     assert found.low < true < found.high and found.value == pytest.approx(true, rel=0.06)
     assert abs(np.mean(trace / signal) / true - 1) > 0.5
+
+
+def test_the_interval_ends_where_a_t_test_would_reject():
+    """Rows that swing to and fro are their own blocks; then this is Fieller's interval as in textbooks."""
+    rng = np.random.default_rng(13)
+    swing = np.tile([1.0, -1.0], 15)
+    made = series(50 + 8 * swing + rng.normal(size=30), 1 + 0.3 * swing[::-1] + 0.1 * rng.normal(size=30))
+    found = ratio([made])
+    assert found.block == 1
+    for end in (found.low, found.high):
+        assert stats.ttest_1samp(made.trace - end * made.signal, 0).pvalue == pytest.approx(0.05, rel=1e-9)
 
 
 @pytest.mark.parametrize("rho", [0.0, 0.5])
@@ -100,6 +111,24 @@ def test_stretches_are_equal_in_examples_and_hold_rows_enough():
     assert [s.scale.rows for s in found] == [16] * 4
     assert [s.scale.value for s in found] == pytest.approx([made.trace[i : i + 16].mean() for i in (0, 16, 32, 48)])
     assert len(along([made] * 10)) == 12 and len(along([series([1, 2], [1, 1])])) == 1 and along([]) == []
+
+
+def test_a_trend_along_the_run_is_no_scatter_of_its_average():
+    """The scale grows tenfold; the interval of the whole run is about as narrow as those of its stretches."""
+    rng = np.random.default_rng(11)
+    made = series(np.geomspace(10, 100, 240) * rng.normal(1, 0.05, 240), rng.normal(1, 0.2, 240))
+    run, plain = whole([made]), ratio([made])
+    assert run.value == pytest.approx(plain.value) and run.low < run.value < run.high
+    assert run.high / run.low - 1 < 0.1 < 1 < plain.high / plain.low - 1
+
+
+def test_the_interval_of_a_whole_run_covers():
+    rng, covered = np.random.default_rng(12), 0
+    for _ in range(200):
+        made = series(np.linspace(20, 80, 192) + autoregressive(rng, 192, 0.3), 1 + 0.5 * autoregressive(rng, 192, 0.3))
+        found = whole([made])
+        covered += found.low <= 50 <= found.high
+    assert 176 <= covered <= 198
 
 
 # ----------------------------------------------------------------------------------------------------------------- paired

@@ -36,6 +36,9 @@ def told(made: MadeStudy) -> dict[str, list[dict[str, Any]]]:
     assert set(re.findall(r'"([0-9a-f]{12})"', text)) <= set(made.ids)
     found: dict[str, list[dict[str, Any]]] = json.loads(text)
     assert all(one["trials"] for kind in found.values() for one in kind)
+    cells = [trial for cell in found["cells"] for trial in cell["trials"]]
+    winners = [r.trial for r in summary(made).study.results if not r.tuning and not r.failed]
+    assert sorted(cells) == sorted(winners)
     return found
 
 
