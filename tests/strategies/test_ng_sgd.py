@@ -32,7 +32,7 @@ ALPHA = 4.0
 def learner(options: dict[str, Any]) -> Backprop:
     plan = Plan((replace(baseline().phases[0], learner=Backprop(optimizer=Sgd(momentum=0), rate=Rate(1.0))),))
     free = {"layer_change": None, "total_change": None}
-    return NgSgd(**free | options).edit(plan).phases[0].learner  # type: ignore[return-value, arg-type]
+    return NgSgd(**free | options).edit(plan).phases[0].learner  # type: ignore[return-value]
 
 
 def moved(net: Net, options: dict[str, Any], batches: list[Batch]) -> list[dict[str, Tensor]]:
@@ -98,7 +98,7 @@ def test_two_steps_by_hand(history: dict[str, int]) -> None:
             factors[i] = follow(inside, x, eta), follow(outside, y, eta)
         with torch.no_grad():
             for name, p in twin.named_parameters():
-                p -= step[name]
+                p.sub_(step[name])
 
 
 def test_a_convolution_goes_by_the_rows_and_columns_of_its_gradient() -> None:
@@ -126,7 +126,7 @@ def test_a_wide_side_starts_by_one_update_and_acts_from_the_second_batch_on(monk
     assert torch.allclose(one["stages.0.0.weight"], (y.T @ x)[:, :-1] / 12, rtol=1e-12, atol=1e-14)
     with torch.no_grad():
         for name, p in twin.named_parameters():
-            p -= one[name]
+            p.sub_(one[name])
     factor = follow(start(7, 3, x), x, 1 / 3)
     (x, y), _ = linear_rows(twin, batches[1])
     assert torch.allclose(two["stages.0.0.weight"], (y.T @ dense(x, factor))[:, :-1] / 12, rtol=1e-9, atol=1e-12)
@@ -196,7 +196,7 @@ def test_max_change_bounds_each_layer_then_all_and_else_changes_nothing() -> Non
             norm = torch.stack([d.norm() for d in direction]).norm()
             with torch.no_grad():
                 for p, d in zip(layer.parameters(), direction, strict=True):
-                    p += d * (length / norm)
+                    p.add_(d * (length / norm))
         put = {name: p.detach().clone() for name, p in net.named_parameters()}
         update.after(state, Clock(0, 1, 0.0, 1.0, 1, 0))
         for name, length in wanted.items():

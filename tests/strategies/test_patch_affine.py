@@ -67,7 +67,7 @@ def results(conv: nn.Conv2d) -> dict[str, Tensor]:
     out = conv(x)
     out.backward(torch.arange(out.numel(), dtype=out.dtype).sin().view(out.shape))
     assert x.grad is not None
-    return {"out": out.detach(), "x": x.grad} | {name: p.grad for name, p in conv.named_parameters()}  # type: ignore[dict-item]
+    return {"out": out.detach(), "x": x.grad} | {name: p.grad for name, p in conv.named_parameters()}
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
