@@ -29,7 +29,7 @@ FEWEST = 8  # rows; with fewer there is no interval
 ROWS = 16  # of all trials together, for a stretch
 STRETCHES = 12  # at most
 BLOCKS = 5  # at least
-TREND, TRENDS = 3, 64  # degree of the trend of a whole run, and rows from which it is taken out
+TREND, TRENDS = 3, 192  # degree of the trend of a whole run, and rows from which it is taken out
 ALIKE = 0.97  # correlation of neighbours, at most
 
 
