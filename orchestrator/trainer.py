@@ -112,6 +112,8 @@ class Trainer:
             return self._reuse(Record(**kept))
         if not found:
             self.progress.phase, self.progress.step = index, 0
+            if index and not self.job.plan.phases[index - 1].hands_on:  # another network may start at another loss
+                self.progress.first_loss = self.progress.exploded_since = None
         run = PhaseRun(self.job, self.worker, self.progress, self.rows, carried)
         if found:
             checkpoint.restore(run.state, found["state"])
