@@ -147,7 +147,26 @@ def Failing(data: Indexed) -> Indexed:
     return data
 
 
+def steep_net(inputs: tuple[int, ...], classes: int) -> Net:
+    net = staged_net(inputs, classes)
+    assert isinstance(net.head, nn.Linear)
+    net.head.weight.data *= 100
+    return net
+
+
+def test_a_part_that_starts_at_a_higher_loss_has_not_diverged(tmp_path: Path) -> None:
+    trained = train(plan(steep_net, cuts=[1], rates=[None, 1e-6]), tmp_path)
+    losses = [row["train_loss"] for row in trained.rows]
+    assert min(losses[12:]) > 3 * losses[0] and trained.progress.status == "done"
+
+
 # --------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_workers_that_do_not_see_the_folder_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.feature_cache.mirrored", lambda: True)
+    with pytest.raises(PlanError, match="workers on other nodes do not see"):
+        train(plan(cuts=[1], cache="exact"), tmp_path, Indexed())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
