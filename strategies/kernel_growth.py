@@ -51,8 +51,8 @@ class Growth:
 
     @property
     def rate(self) -> float:
-        """The factor of the learning rate."""
-        return self.amplitude / self.gradient
+        """The factor of the learning rate: amplitude / gradient."""
+        return 1.0 if self.normed else self.area
 
     def resample(self, t: Tensor, factor: float) -> Tensor:
         """`t`, of the weight's shape before, interpolated and times `factor`."""

@@ -137,11 +137,8 @@ def _sides(value: Any) -> Sequence[int]:
 
 def grown(inputs: tuple[int, ...], classes: int, stages: tuple[ModelSpec, ...], grow: Grow) -> Net:
     """The last of the networks that a run goes through, with rates for weights that have grown on the way to it."""
-    import torch
-
-    net = stages[-1](inputs, classes)
-    with torch.device("meta"):
-        nets = [stage(inputs, classes) for stage in stages]
+    nets = [stage(inputs, classes) for stage in stages]
+    net = nets[-1]
     for small, large in pairwise(nets):
         for name, growth in grow.growths(small.state_dict(), large).items():
             net.rate_factors[name] = net.rate_factors.get(name, 1.0) * growth.rate

@@ -17,6 +17,8 @@ from strategies.resizing import Recalibrate, Resize, cut, only_phase, resized
 if TYPE_CHECKING:
     from strategies.net import Net
 
+ROUNDING = 1e-9  # of a share
+
 
 @dataclass(frozen=True, slots=True)
 class ProgressiveResize(Strategy):
@@ -31,21 +33,18 @@ class ProgressiveResize(Strategy):
 
     def __post_init__(self) -> None:
         Strategy.__post_init__(self)
-        if self.delay + self.finetune > 1:
+        if self.delay + self.finetune > 1 + ROUNDING:
             raise PlanError(f"ProgressiveResize: delay + finetune is {self.delay + self.finetune:g}, expected <= 1")
 
     def edit(self, plan: Plan) -> Plan:
         if self.scale == 1:
             return plan
         phase = only_phase(plan, self)
-        sizes = [(share, Resize(scale, self.increment)) for share, scale in self.schedule() if share > 0]
-        parts = cut(
-            phase, self, [share for share, _ in sizes], [resize for _, resize in sizes], (Recalibrate(self.examples),)
-        )
-        models = [ModelSpec(sizeless, (("model", phase.model), ("resize", resize))) for _, resize in sizes]
-        return Plan(
-            tuple(dataclasses.replace(part, model=model) for part, model in zip(parts, models, strict=True)), plan.roles
-        )
+        sizes = [(share, Resize(scale, self.increment)) for share, scale in self.schedule() if share > ROUNDING]
+        shares, resizes = [share for share, _ in sizes], [resize for _, resize in sizes]
+        first, *rest = cut(phase, self, shares, resizes, (Recalibrate(self.examples),))
+        checked = ModelSpec(sizeless, (("model", phase.model), ("resize", resizes[0])))
+        return dataclasses.replace(plan, phases=(dataclasses.replace(first, model=checked), *rest))
 
     def schedule(self) -> list[tuple[float, float]]:
         """(share of the epochs, scale) of each phase. The ramp is linear; each of its sizes is the one at half its time."""
@@ -56,14 +55,10 @@ class ProgressiveResize(Strategy):
 
 
 def sizeless(inputs: tuple[int, ...], classes: int, model: ModelSpec, resize: Resize) -> Net:
-    """The model. Raises PlanError unless it is the same for resized images as for whole ones."""
-    import torch
-
-    net = model(inputs, classes)
-    with torch.device("meta"):
-        small = resized(inputs, classes, model, resize)
+    """The model. Raises PlanError if for resized images it would be another than for whole ones."""
+    net, small = model(inputs, classes), resized(inputs, classes, model, resize).state_dict()
     for name, t in net.state_dict().items():
-        if small.state_dict()[name].shape != t.shape:
+        if small[name].shape != t.shape:
             raise PlanError(
                 f"progressive_resize keeps the network while images grow, but of {name} the shape depends on their "
                 "size: choose a model with global pooling"
