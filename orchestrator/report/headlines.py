@@ -145,12 +145,17 @@ def _budget(summary: Summary, cells: list[Cell], lead: str = "within its") -> st
     """` within its budget of 20 epochs`, if all of these trials had the same one."""
     configs = [summary.study.config(t) for c in cells for t in c.trials]
     stated = [(c.get("base") or {}, _reference(c)) for c in configs]
-    budgets = {stretch(b[unit], unit) + at for b, at in stated for unit in ("epochs", "steps") if b.get(unit)}
+    if any(at is None for _, at in stated):
+        return ""
+    budgets = {f"{stretch(b[unit], unit)}{at}" for b, at in stated for unit in ("epochs", "steps") if b.get(unit)}
     return f" {lead} budget of {budgets.pop()}" if len(budgets) == 1 else ""
 
 
-def _reference(config: dict[str, Any]) -> str:
-    """` at batch 32`, where a method takes the budget to be stated there and makes more passes at larger batches."""
+def _reference(config: dict[str, Any]) -> str | None:
+    """` at batch 32`, where a method takes the budget to be stated there and makes more passes at larger batches; ` for each
+    part`, where a network is trained part by part; None if these have budgets of their own."""
+    if parts := [options for name, options in config.get("strategies") or () if name == "stage_wise"]:
+        return None if parts[0].get("epochs") else " for each part"
     scaling = [options for name, options in config.get("strategies") or () if name in SCALING]
     return f" at batch {scaling[0]['per']}" if scaling else ""
 
