@@ -8,6 +8,7 @@ from strategies.bias_rate import BiasRate
 from strategies.contract import Strategy
 from strategies.dirac import Dirac
 from strategies.ema import Ema
+from strategies.fop import Fop
 from strategies.ghost_batch_norm import GhostBatchNorm
 from strategies.gradient_clipping import GradientClipping
 from strategies.gradient_noise_convolution import GradientNoiseConvolution
@@ -39,6 +40,7 @@ CATALOGUE: dict[str, type[Strategy]] = {
     "bias_rate": BiasRate,
     "dirac": Dirac,
     "ema": Ema,
+    "fop": Fop,
     "ghost_batch_norm": GhostBatchNorm,
     "gradient_clipping": GradientClipping,
     "gradient_noise_convolution": GradientNoiseConvolution,

@@ -12,6 +12,7 @@ from torch import nn
 
 from strategies.backprop import amend
 from strategies.contract import ModelSpec, Phase, Plan
+from strategies.natural_gradient import NaturalGradient
 from strategies.net import Net
 from strategies.ng_sgd import NgSgd
 from strategies.optimizers import AdamW
@@ -28,6 +29,10 @@ def with_adamw(plan: Plan) -> Plan:
         return amend(phase, plan, optimizer=lambda old: AdamW(weight_decay=1e-2))
 
     return plan.map(change)
+
+
+def with_natural_gradient(plan: Plan) -> Plan:
+    return NaturalGradient(damping=0.1, eager=1, factors_every=2, inverses_every=3).edit(plan)
 
 
 def with_large_eps(plan: Plan) -> Plan:
@@ -120,6 +125,15 @@ CASES: dict[str, Case] = {
     "bias_rate": Case(acts={"factor": 4}, neutral={"factor": 1}, base=with_layer_norm),
     "dirac": Case(acts={}, neutral={"share": 0}, base=with_convolutions, inputs=IMAGES),
     "ema": Case(acts={"half_life": 0.5}, neutral={"half_life": 0.0}),
+    "fop": Case(
+        acts={},
+        neutral={"strength": 0.0},
+        base=with_natural_gradient,
+        micro=6,
+        micro_batches=(),  # halves are made of parts of a batch, so results depend on them
+        shares=((12, 6), (11, 6)),  # with the same parts, who holds them does not matter
+        repeats=False,
+    ),
     "ghost_batch_norm": Case(
         acts={"size": 3},
         neutral={"size": 1000},
