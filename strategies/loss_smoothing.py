@@ -17,7 +17,7 @@ from strategies.contract import Clock, Phase, Plan, Schedule, Strategy, option
 from strategies.random_erasing import SMALLEST, Erase
 from strategies.rate import Constant, Cosine, Polynomial
 from strategies.running_mixup import RunningMixup
-from strategies.weight_noise import WeightNoise
+from strategies.weight_noise import SeveralPasses, WeightNoise
 
 FALLS = {"none": Constant(), "linear": Polynomial(), "cosine": Cosine()}
 
@@ -42,7 +42,8 @@ class LossSmoothing(Strategy):
     def _amend(self, phase: Phase) -> Phase:
         if self.alpha:  # first of all maps: it mixes what stands in the stream
             phase = dataclasses.replace(phase, maps=(RunningMixup(self._strength(self.alpha)), *phase.maps))
-        return amend(phase, self, gradient=self._gradient)
+        several = self.sigma and self.draws * (1 + self.antithetic) > 1
+        return amend(phase, self, gradient=self._gradient, updates=(SeveralPasses(),) if several else ())
 
     def _gradient(self, inner: Gradient) -> Gradient:
         if self.sigma:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from strategies.backprop import Gradient, Step
-from strategies.contract import Clock, Need, Schedule
+from strategies.backprop import Backprop, Gradient, Step, Update
+from strategies.contract import Clock, Need, PlanError, Schedule
 from strategies.displaced import displaced, restore
 
 if TYPE_CHECKING:
@@ -60,6 +60,19 @@ class WeightNoise:
         scales = [sigma * w.detach().square().mean().sqrt() if self.relative else sigma for w in weights]
         draws = [torch.randn(w.shape, generator=generator, dtype=w.dtype, device=device) for w in weights]
         return [draw * scale for draw, scale in zip(draws, scales, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class SeveralPasses(Update):
+    """Changes nothing: refuses what would take each pass for a part of the batch."""
+
+    def suits(self, learner: Backprop) -> None:
+        for update in learner.updates:
+            if update.turn == 0:
+                raise PlanError(
+                    f"loss_smoothing takes several passes for one gradient, but {update} measures each: "
+                    "set draws: 1 and antithetic: false, or leave one of the two out"
+                )
 
 
 def once(buffers: Iterable[Tensor], passes: Iterable[list[Tensor]]) -> Iterator[list[Tensor]]:

@@ -16,6 +16,7 @@ from strategies.contract import Batch, Clock, Need, PlanError, Stream
 from strategies.loss_smoothing import LossSmoothing, Strength
 from strategies.mixup import Mixup
 from strategies.net import Net
+from strategies.noise_scale import NoiseScale
 from strategies.random_erasing import Erase, rectangles
 from strategies.rate import Constant, Polynomial
 from strategies.running_mixup import RunningMixup, shares
@@ -315,3 +316,13 @@ def test_mixup_mixes_what_running_mixup_made() -> None:
     for first, second in both:
         maps = second.edit(first.edit(baseline())).phases[0].maps
         assert [type(change).__name__ for change in maps] == ["RunningMixup", "MixAhead"]
+
+
+@pytest.mark.parametrize("passes", [{"draws": 2}, {"antithetic": True}])
+def test_what_measures_each_pass_is_refused(passes: dict[str, Any]) -> None:
+    """In either order; a single pass is one of a micro-batch, as ever."""
+    noise, measures = LossSmoothing(alpha=0, sigma=0.1, **passes), NoiseScale()
+    for first, second in ((noise, measures), (measures, noise)):
+        with pytest.raises(PlanError, match="several passes for one gradient, but MeasureNoise"):
+            second.edit(first.edit(baseline()))
+    LossSmoothing(alpha=0, sigma=0.1).edit(measures.edit(baseline()))
