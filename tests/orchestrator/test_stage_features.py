@@ -15,12 +15,14 @@ from orchestrator.driver import drive
 from orchestrator.files import Damaged
 from orchestrator.recipe import load
 from orchestrator.report import build, stage_features
+from orchestrator.report.headlines import headlines
 from orchestrator.report.load import load as load_study
 from orchestrator.report.stage_features import _look, _network, _outputs, _trial, looked_at, measure
 from orchestrator.report.summary import summarise
 from orchestrator.store import Store
 from orchestrator.study import Study
 from orchestrator.workloads import DataError
+from tests.orchestrator.made_study import MadeStudy
 
 RECIPE = """
 study: looked
@@ -121,3 +123,14 @@ def test_a_trial_without_weights_or_network_is_told(change: str, study: Path, tm
     expected = {"phases": "no weights of trial", "import": "your own code", "damaged": "not a trial as this version"}
     with pytest.raises((DataError, Damaged), match=expected[change]):
         measure(tmp_path / "looked", trial_of(study))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "said"), [(None, "with a budget of 20 epochs for each part ("), ([1, 2], "at batch 32 (")]
+)
+def test_headlines_tell_whose_budget_it_is(epochs: list[int] | None, said: str, tmp_path: Path) -> None:
+    made = MadeStudy(tmp_path, target=None)
+    config = tmp_path / "trials" / made.add("parts", 32, 0) / "config.json"
+    strategies = {"strategies": [["stage_wise", {"cuts": [1], "epochs": epochs}]]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | strategies))
+    assert said in headlines(summarise(load_study(tmp_path, made.ids)))[0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.driver import drive
+from orchestrator.garbage import collect
 from orchestrator.phases import PhaseStore
 from orchestrator.recipe import load
 from orchestrator.store import Store
@@ -104,6 +106,10 @@ def test_features_are_kept_beside_the_phases(tmp_path: Path) -> None:
     names = json.loads((store.trial(store.trial_ids()[0]) / "phases.json").read_text())
     assert sorted(p.name for p in (tmp_path / ".phases").iterdir() if p.is_dir()) == sorted(names)
     assert [name.partition(".")[2] for name in names] == ["", "", "uint8"]
+    assert collect(tmp_path, delete=False) == []
+    shutil.rmtree(store.directory)
+    assert sorted(unused.path.name for unused in collect(tmp_path, delete=True)) == sorted(names)
+    assert not [p for p in (tmp_path / ".phases").iterdir() if p.is_dir()]
 
 
 @pytest.mark.parametrize(
