@@ -172,12 +172,22 @@ def _misses(c: Comparison) -> str:
 
 
 def sentences(summary: Summary) -> list[str]:
-    """A line per pair of arms with seeds in common, at the largest batch size that they share."""
-    found = [c for c in comparisons(summary) if c.found.n > 1 and not c.quantity.startswith("best")]
-    last = {(c.arm, c.other): max(d.batch for d in found if (d.arm, d.other) == (c.arm, c.other)) for c in found}
-    if len(last) > ALL_PAIRS:
-        return []
-    return [_sentence([c for c in found if (c.arm, c.other, c.batch) == (*pair, at)]) for pair, at in last.items()]
+    """A line per pair of arms: at the largest batch size with seeds in common, or that there is none."""
+    pairs = _pairs(list(summary.cells))
+    return [line for a, b in pairs for line in _lines(summary, b, a)] if len(pairs) <= ALL_PAIRS else []
+
+
+def _lines(summary: Summary, arm: str, other: str) -> list[str]:
+    own, others = ({c.batch for c in summary.cells[name]} for name in (arm, other))
+    found = [c for c in comparisons(summary) if (c.arm, c.other) == (arm, other) and not c.quantity.startswith("best")]
+    several = [c for c in found if c.found.n > 1]
+    if several:
+        last = max(c.batch for c in several)
+        return [_sentence([c for c in several if c.batch == last])]
+    alone = own & others and not found
+    return (
+        [f"{arm} - {other}: no seed was trained on both sides, so there are no differences by seed."] if alone else []
+    )
 
 
 def _sentence(found: Sequence[Comparison]) -> str:

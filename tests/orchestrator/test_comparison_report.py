@@ -157,6 +157,16 @@ def test_only_seeds_that_both_have_are_compared(tmp_path):
     assert "+104 %" in rows(pairs_table(summary(made)))[0]["mean difference"]
 
 
+def test_arms_without_a_seed_in_common_say_so(tmp_path):
+    made = MadeStudy(tmp_path / "s")
+    made.add("sgd", 64, 0, 100)
+    made.add("lars", 64, 1, 120, role="winner")
+    assert told(made)["paired"] == [] and told(made)["profiles"] == []
+    assert sentences(summary(made)) == [
+        "lars - sgd: no seed was trained on both sides, so there are no differences by seed."
+    ]
+
+
 def test_a_miss_is_told_and_leaves_a_bound(tmp_path):
     """lars misses twice, after 23 steps at least of which sgd needs 10 and 20."""
     made = MadeStudy(tmp_path / "s")
