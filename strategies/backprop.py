@@ -60,7 +60,10 @@ class Update:
         return False
 
     def settle(self, state: State) -> None:
-        """Before each row, on all ranks: make what is in `state.saved` whole on rank 0."""
+        """Before each row, on all ranks: make what is in `state.saved` alike on all."""
+
+    def gather(self, state: State) -> None:
+        """Before each checkpoint, on all ranks: make what is spread over them whole on rank 0, until the next step."""
 
     def refresh(self, state: State, read: Callable[[int], Batch]) -> None:
         """Before each evaluation: `read(n)` gives n training examples, alike on all ranks, or all if there are fewer."""
@@ -206,6 +209,10 @@ class Backprop:
     def settle(self, state: State) -> None:
         for update, own in zip(self.updates, state.saved["updates"], strict=True):
             update.settle(own)
+
+    def gather(self, state: State) -> None:
+        for update, own in zip(self.updates, state.saved["updates"], strict=True):
+            update.gather(own)
 
     def refresh(self, state: State, read: Callable[[int], Batch]) -> None:
         for update, own in zip(self.updates, state.saved["updates"], strict=True):

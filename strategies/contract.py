@@ -205,8 +205,9 @@ class Learner(Protocol):
 
     A learner may also have `rate`, the schedule that rows show, where no metric "rate" tells it; `ended(state) -> bool`: the
     phase ends with the step just taken, on all ranks alike; `settle(state)`: before each row, on all ranks: make what the
-    network holds, and what is in `state.saved`, alike on all; and `refresh(state, read)`: before each evaluation, of which the
-    last step has one: `read(n)` gives n training examples, alike on all ranks, or all if there are fewer.
+    network holds, and what is in `state.saved`, alike on all; `gather(state)`: before each checkpoint, on all ranks: make what
+    is spread over them whole on rank 0; and `refresh(state, read)`: before each evaluation, of which the last step has one:
+    `read(n)` gives n training examples, alike on all ranks, or all if there are fewer.
     """
 
     @property

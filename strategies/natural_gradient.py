@@ -7,21 +7,19 @@ layers, two-dimensional convolutions and batch norms; other parameters keep thei
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from strategies.backprop import Gradient, Step, Update, amend
-from strategies.contract import Clock, Need, Phase, Plan, PlanError, Schedule, State, Strategy, Worker, option
+from strategies.backprop import Update, amend
+from strategies.contract import Clock, Need, Phase, Plan, PlanError, State, Strategy, Worker, option
+from strategies.curvature.precondition import Geometric, Inverse, Options, Precondition, Watched
+from strategies.curvature.refresh import Refresh
 from strategies.optimizers import Sgd
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.optim import Optimizer
 
     from strategies.net import Net
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +38,7 @@ class NaturalGradient(Strategy):
         "expand",
         "positions of a convolution as examples of their own, or summed first, which is exact before a global mean",
     )
-    inverse: Literal["cholesky", "eigen", "ekfac"] = option(
+    inverse: Inverse = option(
         "cholesky",
         "damping shared out between factors; or exact, in eigenvectors; or with eigenvalues corrected by each example",
     )
@@ -71,87 +69,27 @@ class NaturalGradient(Strategy):
         return plan.map(self._amend)
 
     def _amend(self, phase: Phase) -> Phase:
-        updates: tuple[Update, ...] = (Precondition(self), *((ProjectWeights(),) if self.project else ()))
+        updates: tuple[Update, ...] = (Precondition(self._options()), *((ProjectWeights(),) if self.project else ()))
         changes = {"optimizer": self._tied} if self.tie_momentum else {}
         return amend(phase, self, updates=updates, gradient=Watched, **changes)
+
+    def _options(self) -> Options:
+        return Options(
+            refresh=Refresh(self.factors_every, self.inverses_every, self.eager, self.tolerance),
+            damping=Geometric(self.damping, self.damping_end),
+            fisher=self.fisher,
+            reduce=self.positions == "reduce",
+            inverse=self.inverse,
+            memory=self.memory,
+            kl_clip=self.kl_clip,
+            largest=self.largest,
+            gradient_workers=self.gradient_workers,
+        )
 
     def _tied(self, old: object) -> TiedMomentum:
         if not isinstance(old, Sgd):
             raise PlanError(f"natural_gradient: tie_momentum is of SGD, but the optimizer is {old}: leave it out")
         return TiedMomentum(old)
-
-
-@dataclass(frozen=True, slots=True)
-class Geometric:
-    """From `start` to `start` x `end` over the phase."""
-
-    start: float
-    end: float
-
-    def __call__(self, clock: Clock) -> float:
-        return self.start * self.end**clock.done
-
-
-@dataclass(frozen=True, slots=True)
-class Watched:
-    """The gradient as it was, seen by the curvature of `Precondition`."""
-
-    old: Gradient
-
-    @property
-    def needs(self) -> Need:
-        return getattr(self.old, "needs", Need.NOTHING)
-
-    def __call__(self, step: Step) -> Tensor:
-        from strategies.curvature.estimate import Curvature
-
-        curvature = next(state.live for state in step.updates if isinstance(state.live, Curvature))
-        return curvature.watch(self.old, step)
-
-
-@dataclass(frozen=True, slots=True)
-class Precondition(Update):
-    options: NaturalGradient
-    needs = Need.LAYER_GRADS
-    turn = 1
-
-    def init(self, net: Net, worker: Worker) -> State:
-        from strategies.curvature.estimate import Curvature, Options
-        from strategies.curvature.refresh import Refresh
-
-        o = self.options
-        refresh = Refresh(o.factors_every, o.inverses_every, o.eager, o.tolerance)
-        curvature = Curvature(
-            net,
-            worker,
-            Options(
-                refresh=refresh,
-                damping=Geometric(o.damping, o.damping_end),
-                fisher=o.fisher,
-                reduce=o.positions == "reduce",
-                inverse=o.inverse,
-                memory=o.memory,
-                largest=o.largest,
-                gradient_workers=o.gradient_workers,
-            ),
-        )
-        if curvature.unserved and worker.rank == 0:
-            log.warning("natural_gradient leaves the gradients of %s as they are", ", ".join(curvature.unserved))
-        return State({"curvature": curvature}, curvature)
-
-    def before(self, state: State, clock: Clock) -> None:
-        curvature = state.live
-        curvature.refresh(clock)
-        curvature.precondition(clock)
-
-    def rate(self, state: State, schedule: Schedule, clock: Clock) -> None:
-        """The rate is the schedule's; by it, the step is bounded."""
-        rate = schedule(clock)
-        if self.options.kl_clip and rate:
-            state.live.clip(self.options.kl_clip / rate**2)
-
-    def settle(self, state: State) -> None:
-        state.live.settle()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -24,9 +24,9 @@ from strategies.curvature import inverses
 from strategies.curvature.buckets import Shape
 from strategies.curvature.gram import gram, square, widened
 from strategies.curvature.layers import AnyLayer, ConvLayer, LinearLayer, NormLayer
+from strategies.curvature.precondition import Inverse
 
 Named: TypeAlias = Mapping[str, Tensor]
-Inverse: TypeAlias = Literal["cholesky", "eigen", "ekfac"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,37 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from strategies.backprop import Gradient, Step
-from strategies.contract import Clock, PlanError, Schedule, Worker
-from strategies.curvature.blocks import EigenBlock, Inverse, block
+from strategies.contract import Clock, PlanError, Worker
+from strategies.curvature.blocks import EigenBlock, block
 from strategies.curvature.buckets import Shape, from_sources, pack, to_owners, unpack
 from strategies.curvature.capture import Graph, hooked, watched
 from strategies.curvature.layers import AnyLayer, served
 from strategies.curvature.placement import place
-from strategies.curvature.refresh import Refresh, change, next_interval
+from strategies.curvature.precondition import Options
+from strategies.curvature.refresh import change, next_interval
 from strategies.net import Net
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """See `strategies.natural_gradient`, whose options these are."""
-
-    refresh: Refresh
-    damping: Schedule
-    fisher: Literal["empirical", "sampled"] = "empirical"
-    reduce: bool = False
-    inverse: Inverse = "cholesky"
-    memory: float = 0.95
-    largest: int = 4096
-    gradient_workers: float = 1.0
 
 
 class Curvature:
@@ -68,7 +54,7 @@ class Curvature:
         self.product = self.like.new_zeros(())  # sum of products of gradients before and after, over all layers
         self.stale: list[str] = []  # layers whose factors are newer than the inverse
         self.whole: dict[str, Tensor] | None = (
-            None  # what all workers keep; on rank 0, between `settle` and the next step
+            None  # what all workers keep; on rank 0, between `gather` and the next step
         )
         if options.inverse == "ekfac" and self.placement.columns > 1:
             raise PlanError("natural_gradient: ekfac needs the bases on all workers: leave gradient_workers at 1")
@@ -230,7 +216,7 @@ class Curvature:
 
     # -------------------------------------------------------------------------------------------------------- state
 
-    def settle(self) -> None:
+    def gather(self) -> None:
         """What all workers keep onto rank 0, in the memory of its host, for a checkpoint."""
         if self.worker.size == 1:
             return
@@ -254,7 +240,7 @@ class Curvature:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """On rank 0, after `settle`, that of all workers: what one worker alone has."""
+        """On rank 0, after `gather`, that of all workers: what one worker alone has."""
         tensors = self.kept if self.whole is None else self.whole
         plain = {"counts": self.counts, "intervals": self.intervals, "due_at": self.due_at, "stale": self.stale}
         return {"tensors": tensors, **plain}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from strategies.curvature.layers import ConvLayer, LinearLayer
 
@@ -71,5 +72,6 @@ def from_shifts(x: Tensor) -> Tensor:
 def correlation(x: Tensor) -> Tensor:
     """(n, c, h, w) -> (5, 5, c, c): the sum over the plane of x[u] x[u + shift]^T, by the shift plus 2."""
     c = x.shape[1]
-    weight = nn.grad.conv2d_weight(x, (c, c, 5, 5), x, padding=2)  # (of x[u], of x[u + shift], rows, columns)
-    return weight.permute(2, 3, 0, 1)
+    weight = nn.grad.conv2d_weight(pad(x, (0, 0, 0, 2)), (c, c, 3, 5), x, padding=(0, 2))
+    down = weight.permute(2, 3, 0, 1)  # shifts by 0, 1, 2 rows; upward, a correlation is the transpose of its opposite
+    return torch.cat([down.flip(0, 1).mT[:2], down])

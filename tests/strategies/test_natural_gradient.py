@@ -16,7 +16,8 @@ from cluster.engines import make_worker
 from strategies.backprop import Backprop, Step, one_forward_one_backward
 from strategies.contract import Batch, Clock, ModelSpec, Plan, PlanError, State
 from strategies.curvature.estimate import Curvature
-from strategies.natural_gradient import Geometric, NaturalGradient, TiedMomentum, Watched
+from strategies.curvature.precondition import Geometric, Watched
+from strategies.natural_gradient import NaturalGradient, TiedMomentum
 from strategies.net import Net
 from strategies.optimizers import Sgd
 from strategies.rate import Polynomial, Rate
