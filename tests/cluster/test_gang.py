@@ -132,6 +132,14 @@ def test_two_gangs_run_side_by_side(gangs: Callable[..., RayGang]) -> None:
     assert time.monotonic() - began < 1.9
 
 
+def niceness(worker: Worker, argument: Any) -> int:
+    return os.nice(0)
+
+
+def test_ranks_are_as_urgent_as_their_driver(warm: RayGang) -> None:
+    assert value(run(warm, niceness)) == os.nice(0)
+
+
 def rest(worker: Worker, seconds: float) -> None:
     time.sleep(seconds)
 
