@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,12 +104,10 @@ def _open(folder: Path, split: str, dtype: torch.dtype, device: torch.device) ->
 def features(job: Job, index: int, net: Net, worker: Worker) -> Features:
     """The data set as the network of phase `index` reads it, made if it is not on file. Raises PlanError on all ranks alike
     where workers do not share the folder."""
+    if worker.sum_(torch.tensor(float(mirrored()), device=worker.device)).item():
+        raise PlanError("the cache of features needs a folder of studies that all nodes see: write `cache: off`")
     folder = job.store.root / feature_key(job.plan, index, job.context)
     if not from_rank_0(worker, lambda: _whole(job, folder, worker) or None):
-        if worker.sum_(torch.tensor(float(mirrored()), device=worker.device)).item():
-            raise PlanError(
-                "stage_wise: cache: workers on other nodes do not see the folder of the studies: leave it out"
-            )
         _make(job, index, net, worker, folder)
     return Features(job.dataset, folder, job.dtype, worker.device)
 
@@ -133,18 +131,21 @@ def _make(job: Job, index: int, net: Net, worker: Worker, folder: Path) -> None:
     cache, below = plan.phases[index].cache, plan.phases[maker].cache
     assert cache
     data = features(job, maker, net, worker) if below else job.dataset
-    stages = list(net.stages)[below.stages if below else 0 : cache.stages]
+    stages = list(net.eval().stages)[below.stages if below else 0 : cache.stages]
     part = folder.with_name(f".{folder.name}.{from_rank_0(worker, os.getpid)}")
     part.mkdir(parents=True, exist_ok=True)
-    net.eval()
-    splits = {"train": (data.unaugmented, data.examples, cache.store), "test": (data.test, data.test_examples, "exact")}
-    for split, (read, count, store) in splits.items():
+
+    def write(split: str, read: Callable[[int, int], Batch], count: int, store: str) -> Layout:
         begin, end = share(0, count, worker.rank, worker.size)
         with worker.autocast():
-            pieces = (through(stages, read(a, min(a + READ, end)).x) for a in range(begin, end, READ))
             sample = through(stages, read(0, 1).x)
+            pieces = (through(stages, read(a, min(a + READ, end)).x) for a in range(begin, end, READ))
             layout = Layout(store, channels_last(sample))
             _write(part / f"{split}-{worker.rank}", end - begin, layout, sample, pieces)
+        return layout
+
+    layout = write("train", data.unaugmented, data.examples, cache.store)
+    write("test", data.test, data.test_examples, "exact")
     worker.sum_(torch.zeros(1, device=worker.device))  # all have written
     if worker.rank == 0:
         meta = {"channels_last": layout.channels_last, "shards": worker.size}

@@ -165,7 +165,7 @@ def test_a_part_that_starts_at_a_higher_loss_has_not_diverged(tmp_path: Path) ->
 
 def test_workers_that_do_not_see_the_folder_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.feature_cache.mirrored", lambda: True)
-    with pytest.raises(PlanError, match="workers on other nodes do not see"):
+    with pytest.raises(PlanError, match="needs a folder of studies that all nodes see"):
         train(plan(cuts=[1], cache="exact"), tmp_path, Indexed())
 
 
