@@ -6,7 +6,8 @@ Of the mean gradients g1 and g2 of two halves, g is the mean and d = g1 - g2. Wi
     eta c,  c = g + beta d',  d' = d - s g,  s = d.Fg / g.Fg,  beta = g.F^-1 d' / d'.F^-1 d',  eta = g.F^-1 c / c.F^-1 c
 
 d' is orthogonal to g under F; beta and eta minimise the quadratic model of the loss along F^-1 d' and along F^-1 c. Halves are
-the workers of even and of odd rank; of a worker alone, its micro-batches of even and of odd number.
+the workers of even and of odd rank; of a worker alone, its micro-batches of even and of odd number. With `inverse: eigen` or
+`ekfac`, F is as cheap as its inverse; with `cholesky`, it takes two solves per layer and step, shared out over workers.
 """
 
 from __future__ import annotations
