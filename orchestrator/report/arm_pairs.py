@@ -79,7 +79,7 @@ def _ranges(a: Result, b: Result, quantity: str) -> tuple[Range, Range]:
 
 def _log_steps(trial: Result) -> Range:
     """A miss takes more steps than were run."""
-    steps = steps_to_target(trial)
+    steps = max(steps_to_target(trial), 1.0)
     return math.log(steps if math.isfinite(steps) else max(trial.steps or 1, 1)), math.log(steps)
 
 

@@ -76,7 +76,10 @@ def _noise_curve(axes: Axes, curve: NoiseCurve, index: int, count: int, limits: 
     high = [min(s.scale.high, limits[1]) for s in curve.stretches]
     known = [(x, s.scale.value) for x, s in zip(at, curve.stretches, strict=True) if math.isfinite(s.scale.value)]
     axes.plot([x for x, _ in known], [y for _, y in known], marker=marker(index), markersize=4, linewidth=1.4, **style)
-    axes.fill_between(at, low, high, alpha=SHADE, linewidth=0, **style)
+    if len(at) > 1:
+        axes.fill_between(at, low, high, alpha=SHADE, linewidth=0, **style)
+    else:
+        axes.plot(at * 2, [*low, *high], marker="_", markersize=7, linewidth=1.4, **style)
 
 
 def _critical(axes: Axes, summary: Summary, arm: str) -> None:
@@ -148,10 +151,10 @@ def tuning_budget(summary: Summary) -> Figure | None:
 
 
 def _budget(axes: Axes, budget: Budget, index: int) -> None:
+    """Ends at infinity are drawn a little above what is known."""
     tried = range(1, len(budget.trials) + 1)
-    top = 10 * max(v for v in (*budget.low, *budget.high) if math.isfinite(v))
-    axes.fill_between(
-        tried, budget.low, [min(h, top) for h in budget.high], color=colour(index), alpha=SHADE, linewidth=0
-    )
+    top = 1.5 * max(v for v in (*budget.low, *budget.high) if math.isfinite(v))
+    low, high = ([min(v, top) for v in ends] for ends in (budget.low, budget.high))
+    axes.fill_between(tried, low, high, color=colour(index), alpha=SHADE, linewidth=0)
     if budget.best:
         axes.plot(tried, budget.best, color=colour(index), marker=marker(index), markersize=4, linewidth=1.4)
