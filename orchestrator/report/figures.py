@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
@@ -236,11 +237,15 @@ def log_y(axes: Axes) -> None:
     low, high = axes.get_ylim()
     low, high = (low / 1.3, high * 1.3) if high / low < 3 else (low, high)
     axes.set_ylim(low, high)
-    decades = math.log10(high / low)
-    subs = (1, 1.5, 2, 3, 4, 5, 7) if decades < 1 else (1, 2, 5) if decades < 3 else (1,)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
+    log_ticks(axes.yaxis, high / low)
+
+
+def log_ticks(axis: Axis, ratio: float) -> None:
+    """Plain numbers, as many as an axis whose ends are at that ratio has room for."""
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if ratio < 10 else (1, 2, 5) if ratio < 1000 else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 # ------------------------------------------------------------------------------------------------------ training curves

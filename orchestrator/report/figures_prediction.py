@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from orchestrator.predict.forecast import Range
-from orchestrator.report.figures import GREY, colour, log_y, marker, short
+from orchestrator.report.figures import GREY, below, colour, log_ticks, log_y, marker, short
 from orchestrator.report.load import Result
 from orchestrator.report.outlook import Offer, Outlook, front, offers, outlooks, times_ahead, workers_of
 from orchestrator.report.summary import Cell, Summary, seconds_to_target, steps_to_target
@@ -35,22 +35,25 @@ def fan(summary: Summary) -> Figure | None:
     figure = Figure(figsize=(6.4 if columns == 1 else 7.6, 1.0 + 2.6 * len(arms)), layout="constrained")
     grid = figure.subplots(len(arms), columns, squeeze=False, sharex=True)
     for row, one in zip(grid, arms, strict=True):
-        index = summary.study.arms.index(one.arm)
-        ahead = list(zip(one.batches, one.ahead, strict=True))
-        _fan(row[0], one, index, ahead, _points(summary.cells[one.arm], steps_to_target))
-        row[0].set_ylabel("steps to target")
-        if one.arm in times:
-            alike = workers_of(summary)
-            _fan(row[1], one, index, times[one.arm], _points(summary.cells[one.arm], _own(alike)))
-            row[1].set_ylabel("seconds to target")
-        elif columns == 2:
-            row[1].set_axis_off()
+        _row(row, summary, one, times.get(one.arm))
         if len(arms) > 1:
             row[0].set_title(short(one.arm), loc="left", fontsize=10)
     for axes in grid[-1]:
         axes.set_xlabel("batch size")
     figure.legend(handles=_fan_handles(), loc="outside lower center", ncols=4)
     return figure
+
+
+def _row(row: Sequence[Axes], summary: Summary, one: Outlook, times: Sequence[tuple[int, Range]] | None) -> None:
+    index, cells = summary.study.arms.index(one.arm), summary.cells[one.arm]
+    ahead = list(zip(one.batches, one.ahead, strict=True))
+    _fan(row[0], one, index, ahead, _points(cells, steps_to_target))
+    row[0].set_ylabel("steps to target")
+    if times:
+        _fan(row[1], one, index, times, _points(cells, _own(workers_of(summary))))
+        row[1].set_ylabel("seconds to target")
+    for axes in row[2 if times else 1 :]:
+        axes.set_axis_off()
 
 
 def _fan(
@@ -74,14 +77,14 @@ def _fan(
     log_y(axes)
 
 
-def _points(cells: Sequence[Cell], value: Any) -> list[tuple[int, float]]:
+def _points(cells: Sequence[Cell], value: Callable[[Result], float]) -> list[tuple[int, float]]:
     """Medians of what was measured, misses left out."""
     medians = [(c.batch, [v for t in c.trials if not math.isnan(v := value(t))]) for c in cells]
     found = [(batch, median(values)) for batch, values in medians if values]
     return [(batch, middle) for batch, middle in found if math.isfinite(middle)]
 
 
-def _own(workers: int) -> Any:
+def _own(workers: int) -> Callable[[Result], float]:
     """Seconds to target of trials that ran here on so many workers; nan of others."""
 
     def seconds(trial: Result) -> float:
@@ -94,7 +97,7 @@ def _fan_handles() -> list[Any]:
     return [
         Line2D([], [], color=GREY, marker="o", linestyle="", label="measured"),
         Line2D([], [], color=GREY, label="predicted"),
-        Patch(facecolor=BEYOND, label="beyond what was measured"),
+        Patch(facecolor=BEYOND, label="beyond what reached the target"),
         Patch(facecolor="white", edgecolor=REFUSED, hatch="///", label="refused"),
     ]
 
@@ -113,13 +116,11 @@ def time_and_cost(summary: Summary) -> Figure | None:
     for arm, every in found.items():
         _front(axes, every, summary.study.arms.index(arm), labelled=len(found) <= MOST_LABELLED)
     log_y(axes)
-    _plain_x(axes)
-    handles: list[Any] = [
-        Line2D([], [], color=colour(i), marker=marker(i), label=short(arm))
-        for arm in found
-        for i in [summary.study.arms.index(arm)]
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+    left, right = axes.get_xlim()
+    log_ticks(axes.xaxis, right / left)
+    arms = [(arm, summary.study.arms.index(arm)) for arm in found]
+    lines = [Line2D([], [], color=colour(i), marker=marker(i), label=short(arm)) for arm, i in arms]
+    below(figure, lines)
     return figure
 
 
@@ -128,7 +129,7 @@ def _front(axes: Axes, every: Sequence[Offer], index: int, labelled: bool) -> No
     axes.plot([o.seconds.value for o in every], [o.cost for o in every], ".", markersize=4, alpha=0.3, **style)
     best = [every[i] for i in front([(o.seconds.value, o.cost) for o in every])]
     for o in best:
-        ends = [o.seconds.low, o.seconds.high]
+        ends = [t for t in (o.seconds.low, o.seconds.high) if math.isfinite(t)]
         axes.plot(ends, [o.workers * t for t in ends], linewidth=3, alpha=0.15, solid_capstyle="round", **style)
     xs, ys = [o.seconds.value for o in best], [o.cost for o in best]
     axes.plot(xs, ys, marker=marker(index), markersize=5, linewidth=1.2, **style)
@@ -136,11 +137,3 @@ def _front(axes: Axes, every: Sequence[Offer], index: int, labelled: bool) -> No
         if labelled and o.optimum:
             text = f"{o.workers} x {o.batch}"
             axes.annotate(text, (o.seconds.value, o.cost), (5, 5), textcoords="offset points", fontsize=8, **style)
-
-
-def _plain_x(axes: Axes) -> None:
-    low, high = axes.get_xlim()
-    subs = range(1, 10) if high / low < 10 else (1, 2, 5) if high / low < 1000 else (1,)
-    axes.xaxis.set_major_locator(LogLocator(subs=subs))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
