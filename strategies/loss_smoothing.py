@@ -8,11 +8,11 @@ with any optimizer here. `alpha`: running mixup (strategies/running_mixup.py); `
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
 from strategies.backprop import Gradient, amend
+from strategies.batch_maps import with_map
 from strategies.contract import Clock, Phase, Plan, Schedule, Strategy, option
 from strategies.random_erasing import SMALLEST, Erase
 from strategies.rate import Constant, Cosine, Polynomial
@@ -40,17 +40,17 @@ class LossSmoothing(Strategy):
         return plan.map(self._amend)
 
     def _amend(self, phase: Phase) -> Phase:
-        if self.alpha:  # first of all maps: it mixes what stands in the stream
-            phase = dataclasses.replace(phase, maps=(RunningMixup(self._strength(self.alpha)), *phase.maps))
-        several = self.sigma and self.draws * (1 + self.antithetic) > 1
+        if self.alpha:
+            phase = with_map(phase, RunningMixup(self._strength(self.alpha)))
+        if self.erase:
+            phase = with_map(phase, Erase(self._strength(self.erase), self.erase_area, self.erase_aspect))
+        if not self.sigma:
+            return amend(phase, self)
+        several = self.draws * (1 + self.antithetic) > 1
         return amend(phase, self, gradient=self._gradient, updates=(SeveralPasses(),) if several else ())
 
-    def _gradient(self, inner: Gradient) -> Gradient:
-        if self.sigma:
-            inner = WeightNoise(inner, self._strength(self.sigma), self.draws, self.antithetic, self.relative)
-        if self.erase:
-            inner = Erase(inner, self._strength(self.erase), self.erase_area, self.erase_aspect)
-        return inner
+    def _gradient(self, inner: Gradient) -> WeightNoise:
+        return WeightNoise(inner, self._strength(self.sigma), self.draws, self.antithetic, self.relative)
 
     def _strength(self, full: float) -> Schedule:
         return Strength(full, FALLS[self.anneal])

@@ -10,8 +10,8 @@ import dataclasses
 import random
 from dataclasses import dataclass
 
-from strategies.contract import Batch, Clock, Phase, Plan, Strategy, Stream, option
-from strategies.soft_labels import soft
+from strategies.batch_maps import soft, with_map
+from strategies.contract import Batch, Clock, Plan, Strategy, Stream, option
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +19,7 @@ class Mixup(Strategy):
     alpha: float = option(0.2, "both parameters of the Beta distribution of shares; 0: no mixing", ge=0)
 
     def edit(self, plan: Plan) -> Plan:
-        return plan.map(self._add)
-
-    def _add(self, phase: Phase) -> Phase:
-        return dataclasses.replace(phase, maps=(*phase.maps, MixAhead(self.alpha)))
+        return plan.map(lambda phase: with_map(phase, MixAhead(self.alpha)))
 
 
 @dataclass(frozen=True, slots=True)

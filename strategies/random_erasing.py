@@ -1,17 +1,13 @@
-"""Random erasing: a rectangle of an image becomes 0, the mean of normalised data (Zhong et al. 2020, arXiv 1708.04896).
-
-Erased is what the network sees in the end, after all maps of the batch, so this stands at the gradient.
-"""
+"""Random erasing: a rectangle of an image becomes 0, the mean of normalised data (Zhong et al. 2020, arXiv 1708.04896)."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from strategies.backprop import Gradient, Step
-from strategies.contract import Batch, Clock, Need, PlanError, Schedule
+from strategies.contract import Batch, Clock, PlanError, Schedule, Stream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,23 +18,12 @@ DRAWS = 6  # per image: whether, area, aspect, upright or not, top, left
 
 @dataclass(frozen=True, slots=True)
 class Erase:
-    """The gradient `inner` of images of which rectangles are 0, each with the probability `share` of the step."""
-
-    inner: Gradient
-    share: Schedule
-    area: float  # share of the image that is erased at most
+    turn: ClassVar[int] = 2
+    share: Schedule  # of the images
+    area: float  # share of an image that is erased at most
     aspect: float  # shorter over longer side at least
 
-    @property
-    def needs(self) -> Need:
-        return getattr(self.inner, "needs", Need.NOTHING)
-
-    def __call__(self, step: Step) -> Tensor:
-        x = step.batch.x.masked_fill(self._holes(step.batch, step.clock)[:, None], 0)
-        return self.inner(dataclasses.replace(step, batch=dataclasses.replace(step.batch, x=x)))
-
-    def _holes(self, batch: Batch, clock: Clock) -> Tensor:
-        """(n, h, w) True where an image is erased. Raises PlanError for other data."""
+    def __call__(self, batch: Batch, clock: Clock, stream: Stream) -> Batch:
         x = batch.x
         if x.ndim != 4:
             raise PlanError(
@@ -46,7 +31,8 @@ class Erase:
             )
         draws = uniform(dataclasses.replace(clock, rank=0)).to(x.device)[batch.position % clock.batch]
         hit = draws[:, 0] < self.share(clock)
-        return rectangles(draws, *x.shape[2:], self.area, self.aspect) & hit[:, None, None]
+        holes = rectangles(draws, *x.shape[2:], self.area, self.aspect) & hit[:, None, None]
+        return dataclasses.replace(batch, x=x.masked_fill(holes[:, None], 0))
 
 
 @lru_cache(maxsize=2)  # of the step's other micro-batches

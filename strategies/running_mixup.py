@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
+from strategies.batch_maps import soft
 from strategies.contract import Batch, Clock, Schedule, Stream
-from strategies.soft_labels import soft
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RunningMixup:
+    turn: ClassVar[int] = 0
     alpha: Schedule
     negligible: float = 1e-3  # in each example: below it, older batches are not read; less than a step of 8 bits
 

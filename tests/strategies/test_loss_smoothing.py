@@ -238,18 +238,12 @@ def test_weights_are_put_back_after_an_error() -> None:
 
 
 def erased(share: float, begin: int = 0, end: int = 400, at: Clock | None = None) -> Tensor:
-    """What the gradient sees of images of ones."""
-    seen: list[Tensor] = []
-
-    def look(one: Step) -> Tensor:
-        seen.append(one.batch.x)
-        return one.batch.x.sum()
-
+    """Of images of ones."""
     batch = Batch(
         torch.ones(end - begin, 3, 16, 20, dtype=torch.float64), torch.zeros(end - begin), torch.arange(begin, end)
     )
-    Erase(look, always(share), 0.25, 0.3)(step(Quadratic(), at or clock(batch=400), batch))
-    return seen[0]
+    stream = Stream(lambda n: batch, CLASSES)
+    return Erase(always(share), 0.25, 0.3)(batch, at or clock(batch=400), stream).x
 
 
 def test_holes_are_rectangles_of_the_stated_shares() -> None:
@@ -285,8 +279,9 @@ def test_a_hole_by_hand() -> None:
 
 
 def test_flat_data_are_refused() -> None:
+    flat = Blobs().train(0, BATCH)
     with pytest.raises(PlanError, match="parts of images, the data have shape \\(6,\\): set erase: 0"):
-        Erase(one_forward_one_backward, always(0.5), 0.25, 0.3)(step(Quadratic(), clock()))
+        Erase(always(0.5), 0.25, 0.3)(flat, clock(), Stream(lambda n: flat, CLASSES))
 
 
 # ------------------------------------------------------------------------------------------------- the strategy itself
@@ -296,9 +291,9 @@ def test_smoothing_is_annealed() -> None:
     linear = LossSmoothing(alpha=0.8, anneal="linear").edit(baseline()).phases[0].maps[0].alpha  # type: ignore[attr-defined]
     assert linear == Strength(0.8, Polynomial())
     assert [linear(clock(at)) for at in (0, 50, 100)] == pytest.approx([0.8, 0.4, 0.0])
-    learner: Any = LossSmoothing(sigma=0.2, erase=0.5, anneal="cosine").edit(baseline()).phases[0].learner
-    assert learner.gradient.share(clock(25)) == pytest.approx(0.5 * (1 + 0.5**0.5) / 2)
-    assert learner.gradient.inner.sigma(clock(75)) == pytest.approx(0.2 * (1 - 0.5**0.5) / 2)
+    phase: Any = LossSmoothing(alpha=0, sigma=0.2, erase=0.5, anneal="cosine").edit(baseline()).phases[0]
+    assert phase.maps[0].share(clock(25)) == pytest.approx(0.5 * (1 + 0.5**0.5) / 2)
+    assert phase.learner.gradient.sigma(clock(75)) == pytest.approx(0.2 * (1 - 0.5**0.5) / 2)
     constant: Any = LossSmoothing().edit(baseline()).phases[0].maps[0]
     assert constant.alpha(clock(99)) == 0.4
 
@@ -310,12 +305,12 @@ def test_what_is_not_asked_for_is_not_there() -> None:
     assert LossSmoothing(erase=0.1).edit(baseline()).needs == Need.NOTHING
 
 
-def test_mixup_mixes_what_running_mixup_made() -> None:
-    """In either order."""
-    both = [[LossSmoothing(), Mixup()], [Mixup(), LossSmoothing()]]
+def test_examples_are_mixed_before_they_are_erased() -> None:
+    """Mixup works on what running mixup made, whatever the order of the recipe."""
+    both = [[LossSmoothing(erase=0.5), Mixup()], [Mixup(), LossSmoothing(erase=0.5)]]
     for first, second in both:
         maps = second.edit(first.edit(baseline())).phases[0].maps
-        assert [type(change).__name__ for change in maps] == ["RunningMixup", "MixAhead"]
+        assert [type(change).__name__ for change in maps] == ["RunningMixup", "MixAhead", "Erase"]
 
 
 @pytest.mark.parametrize("passes", [{"draws": 2}, {"antithetic": True}])
