@@ -61,17 +61,16 @@ class KernelRescale(Strategy):
 
     def __post_init__(self) -> None:
         Strategy.__post_init__(self)
-        lists = {"shares": self.shares, "kernels": self.kernels, "scales": self.scales}
-        wrong = [name for name, values in lists.items() if values is not None and len(values) != len(self.shares)]
-        if wrong and self.shares:
-            raise PlanError(f"KernelRescale: {wrong[0]} has not as many entries as shares, {len(self.shares)}")
-        for name, ok in (
-            ("shares", all(share > 0 for share in self.shares) and sum(self.shares) < 1),
-            ("kernels", all(kernel >= 3 and kernel % 2 for kernel in self.kernels)),
-            ("scales", all(0 < scale <= 1 for scale in self.scales or ())),
+        shares, kernels, scales = list(self.shares), list(self.kernels), list(self.scales or ())
+        for name, values, right, expected in (
+            ("shares", shares, min(shares, default=1) > 0 and sum(shares) < 1, "shares above 0, less than 1 in all"),
+            ("kernels", kernels, all(side >= 3 and side % 2 for side in kernels), "odd sides of 3 or more"),
+            ("scales", scales, all(0 < scale <= 1 for scale in scales), "numbers above 0, up to 1"),
         ):
-            if not ok:
-                raise PlanError(f"KernelRescale: {name} is {list(lists[name] or ())}, expected {EXPECTED[name]}")
+            if not right:
+                raise PlanError(f"KernelRescale: {name} is {values}, expected {expected}")
+            if shares and len(values) != len(shares) and getattr(self, name) is not None:
+                raise PlanError(f"KernelRescale: {name} is {values}, expected as many entries as shares, {len(shares)}")
 
     def edit(self, plan: Plan) -> Plan:
         if not self.shares:
@@ -97,15 +96,8 @@ class KernelRescale(Strategy):
         updates = (*whole, Recalibrate(self.examples))
         for n, part in enumerate(cut(phase, self, shares, resizes, updates, self.rewarm)):
             model = ModelSpec(grown, (("stages", stages[: n + 1]), ("grow", grow)))
-            hands_on = phase.hands_on if part.hands_on and self.state == "reset" else part.hands_on
+            hands_on = part.hands_on and self.state == "transfer"
             yield dataclasses.replace(part, model=model, carry=grow if n else part.carry, hands_on=hands_on)
-
-
-EXPECTED = {
-    "shares": "shares above 0 that add up to less than 1",
-    "kernels": "odd sides of 3 or more",
-    "scales": "numbers above 0, up to 1",
-}
 
 
 def largest_kernel(model: ModelSpec) -> int:

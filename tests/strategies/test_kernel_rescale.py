@@ -135,11 +135,11 @@ def test_resizing() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shares": [0.5, 0.5], "kernels": [3, 5]}, "shares is .*, expected shares above 0 that add up to less than 1"),
-        ({"shares": [0.3], "kernels": [3, 5]}, "kernels has not as many entries as shares, 1"),
+        ({"shares": [0.5, 0.5], "kernels": [3, 5]}, "shares is .*, expected shares above 0, less than 1 in all"),
+        ({"shares": [0.3], "kernels": [3, 5]}, "kernels is .3, 5., expected as many entries as shares, 1"),
         ({"kernels": [4]}, "kernels is .4., expected odd sides of 3 or more"),
         ({"scales": [1.5]}, "scales is .1.5., expected numbers above 0, up to 1"),
-        ({"scales": []}, "scales has not as many entries as shares, 1"),
+        ({"scales": []}, "scales is .., expected as many entries as shares, 1"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
