@@ -14,7 +14,7 @@ arXiv 2002.06015).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from strategies.curvature import inverses
 from strategies.curvature.buckets import Shape
-from strategies.curvature.gram import gram, square, widened
+from strategies.curvature.gram import chunks, gram, square, sum_of, widened
 from strategies.curvature.layers import AnyLayer, ConvLayer, LinearLayer, NormLayer
 from strategies.curvature.precondition import Inverse
 
@@ -109,13 +109,18 @@ class EigenBlock(KroneckerBlock):
 
         They correct the eigenvalues (EKFAC, George et al. 2018, arXiv 1806.03884). A gradient is summed over positions first.
         """
-        gradients: Tensor = sum_of([self._gradients(inverse, x, g) for x, g in zip(xs, grads, strict=True)])
-        return gradients.square().sum(1) * scale**2
+        size = inverse["scale"].numel()
+        parts = zip(*(chunks(t, size) for t in (*xs, *grads)), strict=True)
+        return sum_of([self._squares(inverse, part[: len(xs)], part[len(xs) :]) for part in parts]) * scale**2
 
-    def _gradients(self, inverse: Named, x: Tensor, grad: Tensor) -> Tensor:
-        """(groups, n, d_out, d_in)"""
-        a = widened(self.layer.inputs(x)) @ inverse["a_basis"][:, None]
-        return (widened(self.layer.outputs(grad)) @ inverse["g_basis"][:, None]).mT @ a
+    def _squares(self, inverse: Named, xs: Sequence[Tensor], grads: Sequence[Tensor]) -> Tensor:
+        """(groups, d_out, d_in), of some examples."""
+        a, g = inverse["a_basis"][:, None], inverse["g_basis"][:, None]
+        rows = [
+            (widened(self.layer.outputs(grad)) @ g, widened(self.layer.inputs(x)) @ a)
+            for x, grad in zip(xs, grads, strict=True)
+        ]
+        return sum_of([out.mT @ into for out, into in rows]).square().sum(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,11 +152,3 @@ def block(layer: AnyLayer, inverse: Inverse, reduce: bool) -> Block:
         return CholeskyBlock(layer, factors, {f"{name}_inverse": shape for name, shape in factors.items()}, reduce)
     bases = {f"{name}_basis": Shape(shape.sizes) for name, shape in factors.items()}
     return EigenBlock(layer, factors, bases | {"scale": Shape((groups, out, into))}, reduce)
-
-
-def sum_of(tensors: list[Tensor]) -> Tensor:
-    """At least one, of the same shape."""
-    first, *others = tensors
-    for other in others:
-        first = first + other
-    return first

@@ -45,17 +45,13 @@ class Curvature:
         self.owner = dict(zip(self.blocks, self.placement.owners, strict=True))
         self.sums: dict[str, Tensor] = {}  # of this worker's examples in the step in work
         self.scales: dict[str, Tensor] = {}  # likewise, for ekfac
-        self.kept: dict[
-            str, Tensor
-        ] = {}  # running means of factors, their last fresh values where refresh adapts; inverses
+        self.kept: dict[str, Tensor] = {}  # means of factors, and their last two fresh values for refresh; inverses
+        self.whole: dict[str, Tensor] | None = None  # on rank 0, from `gather` to the next step: what all workers keep
         self.counts: dict[str, int] = {}  # values in a mean; alike on all workers, as is what follows
         self.intervals = {key: [1, 1] for key in self.shapes}  # the last, and the one before
         self.due_at = dict.fromkeys(self.shapes, 0)  # step
-        self.product = self.like.new_zeros(())  # sum of products of gradients before and after, over all layers
         self.stale: list[str] = []  # layers whose factors are newer than the inverse
-        self.whole: dict[str, Tensor] | None = (
-            None  # what all workers keep; on rank 0, between `gather` and the next step
-        )
+        self.product = self.like.new_zeros(())  # sum of products of gradients before and after, over all layers
         if options.inverse == "ekfac" and self.placement.columns > 1:
             raise PlanError("natural_gradient: ekfac needs the bases on all workers: leave gradient_workers at 1")
         theirs = {id(p) for b in self.blocks.values() for p in b.layer.parameters}
@@ -68,7 +64,7 @@ class Curvature:
         refresh = self.options.refresh
         if not refresh.factors(step):
             return []
-        return [key for key in self.shapes if step >= self.due_at[key] or step < refresh.eager]
+        return [key for key in self.shapes if step >= self.due_at[key] or step < max(refresh.eager, 1)]
 
     def watch(self, gradient: Gradient, step: Step) -> Tensor:
         """What `gradient` does, seen where factors are due."""

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from strategies.curvature.layers import ConvLayer, LinearLayer
+
+LARGEST = 2**26  # numbers in one matrix of rows
 
 
 def square(rows: Tensor) -> Tensor:
@@ -19,7 +24,20 @@ def gram(layer: LinearLayer | ConvLayer, x: Tensor) -> Tensor:
     """(groups, d_in, d_in): the sum of a a^T over all input rows of a call."""
     if isinstance(layer, ConvLayer) and slides(layer):
         return _by_shifts(widened(x), layer.bias is not None)[None]
-    return square(layer.inputs(x).flatten(1, 2))
+    _, _, into = layer.sizes
+    high, wide = x.shape[-2:] if x.ndim == 4 else (1, 1)
+    return sum_of([square(layer.inputs(part).flatten(1, 2)) for part in chunks(x, into * high * wide)])
+
+
+def chunks(t: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Examples of `t` in parts, if each will take `size` numbers, so that no part takes more than LARGEST of them."""
+    return t.split(max(1, LARGEST // size))
+
+
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+    """At least one, of the same shape."""
+    first, *others = tensors
+    return functools.reduce(torch.add, others, first)
 
 
 def widened(t: Tensor) -> Tensor:

@@ -217,6 +217,20 @@ def test_the_block_of_a_batch_norm_is_the_fisher_matrix_of_its_examples(gamma: f
     assert close(new, by_hand[..., 0])
 
 
+def test_parts_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, stride=2), nn.Flatten(), nn.Linear(12, 3)).double()
+    x, y = randn(7, 2, 5, 5), torch.tensor([0, 1, 2, 1, 0, 2, 2])
+    for layer, (xs, grads) in seen(net, x, lambda out: nn.functional.cross_entropy(out, y)).items():
+        own = block(layer, "ekfac", False)
+        assert isinstance(own, EigenBlock)
+        inverse = own.invert(curvature(own, xs, grads, 7), 0.1)
+        whole = own.statistic("a", xs, grads, 7.0), own.scales(inverse, xs, grads, 7.0)
+        with monkeypatch.context() as patch:
+            patch.setattr("strategies.curvature.gram.LARGEST", 200)
+            parts = own.statistic("a", xs, grads, 7.0), own.scales(inverse, xs, grads, 7.0)
+        assert all(close(a, b) for a, b in zip(parts, whole, strict=True))
+
+
 # -------------------------------------------------------------------------------------------------------------- inverses
 
 
