@@ -26,6 +26,17 @@ def collect(state: dict[str, Any], g: Tensor, side: str, beta: float) -> Tensor:
     return mean
 
 
+def eigen(mean: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) eigenvalues, at least 0, smallest first, and (n, n) eigenvectors in columns; of what is not finite, any.
+
+    It would raise, but a trial that has diverged ends by its loss.
+    """
+    import torch
+
+    values, vectors = torch.linalg.eigh(mean.nan_to_num(0, 0, 0))
+    return values.clamp(min=0), vectors
+
+
 def between(factors: Mapping[str, Tensor], g: Tensor) -> Tensor:
     """left g right; a side without a factor is left as it is."""
     g = factors["left"] @ g if "left" in factors else g

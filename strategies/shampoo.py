@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from strategies.backprop import amend
 from strategies.contract import Plan, PlanError, Strategy, option
 from strategies.layers import WholeLayers
-from strategies.matrix_sides import as_matrix, between, collect, sides
+from strategies.matrix_sides import as_matrix, between, collect, eigen, sides
 from strategies.optimizers import Sgd
 
 if TYPE_CHECKING:
@@ -84,10 +84,7 @@ def direction(g: Tensor, state: dict[str, Any], options: Shampoo) -> Tensor:
 
 def root(mean: Tensor, power: float, eps: float) -> Tensor:
     """(n, n) positive semidefinite -> its power -`power`, with `eps` times its largest eigenvalue added to each."""
-    import torch
-
-    values, vectors = torch.linalg.eigh(mean)
-    values = values.clamp(min=0)
+    values, vectors = eigen(mean)
     return vectors * (values + eps * values[-1].clamp(min=TINY)) ** -power @ vectors.T
 
 

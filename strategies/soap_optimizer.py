@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from strategies.matrix_sides import as_matrix, between, collect, sides
+from strategies.matrix_sides import as_matrix, between, collect, eigen, sides
 
 NULL = 1e-6  # eigenvalue, over the largest one, below which a direction counts as without gradients
 
@@ -73,7 +73,7 @@ def eigenbasis(mean: Tensor) -> Tensor:
 
     A first gradient has few directions; its null space has no basis of its own, and rounding must not choose one.
     """
-    values, vectors = torch.linalg.eigh(mean)
+    values, vectors = eigen(mean)
     found = vectors[:, values > NULL * values[-1]].flip(1)
     axes = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
     return torch.linalg.qr(torch.cat([found, axes], 1)).Q

@@ -101,6 +101,11 @@ def test_a_gradient_of_zeros_is_a_step_of_zeros() -> None:
         assert torch.equal(walk([torch.zeros(3, 2)], graft=graft)[0], torch.zeros(3, 2))
 
 
+def test_a_gradient_that_is_no_number_stays_none() -> None:
+    """It raises nothing: a trial that has diverged ends by its loss."""
+    assert walk([torch.full((3, 2), torch.nan)])[0].isnan().all()
+
+
 def net() -> Net:
     torch.manual_seed(0)
     return Net([nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 5)], head=nn.Linear(5, 3)).double()

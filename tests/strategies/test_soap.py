@@ -118,6 +118,14 @@ def test_a_turn_orders_basis_and_second_moment_by_eigenvalue() -> None:
         assert torch.allclose(state[f"{side}_basis"].abs(), torch.eye(3).double()[:, [1, 2, 0]], atol=1e-15, rtol=0)
 
 
+@pytest.mark.parametrize("bad_at", [0, 1])
+def test_a_gradient_that_is_no_number_spoils_the_weights(bad_at: int) -> None:
+    """It raises nothing, also not when the bases turn: a trial that has diverged ends by its loss."""
+    w, seen = start(), gradients(3)
+    seen[bad_at] *= torch.nan
+    assert not run(soap(w, every=1), w, seen).isfinite().any()
+
+
 def test_bases_stay_orthonormal() -> None:
     w = start()
     optimizer = soap(w, every=1)
