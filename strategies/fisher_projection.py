@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.linalg import solve
 
 from strategies.backprop import Step
 from strategies.contract import Batch, Clock, PlanError, Worker
@@ -121,8 +120,13 @@ def times_fisher(own: Block, inverse: Named, grad: Tensor, damping: float) -> Te
         curvature = inverse["scale"] + damping
         return inverses.by_basis(grad, inverse["a_basis"], inverse["g_basis"], 1 / curvature, 0.0)
     if isinstance(own, KroneckerBlock):
-        return solve(inverse["a_inverse"], solve(inverse["g_inverse"], grad), left=False)
-    return solve(inverse["f_inverse"], grad[..., None])[..., 0]
+        return _solve(inverse["a_inverse"], _solve(inverse["g_inverse"], grad).mT).mT
+    return _solve(inverse["f_inverse"], grad[..., None])[..., 0]
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """matrix^-1 right, without waiting for the device to tell of errors; not finite where there is no such thing."""
+    return torch.linalg.solve_ex(matrix, right)[0]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
