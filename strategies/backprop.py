@@ -142,7 +142,7 @@ class Backprop:
         return needs
 
     def init(self, net: Net, worker: Worker) -> State:
-        optimizer = self.optimizer(net)
+        optimizer = self.optimizer(net.train())
         names = {id(p): name for name, p in net.named_parameters()}
         order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         updates = [update.init(net, worker) for update in self.updates]

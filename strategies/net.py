@@ -10,7 +10,10 @@ from torch import Tensor, nn
 class Net(nn.Module):
     """`head(pool(stages(x)))`: (n, ...) inputs -> (n, classes) logits. Any module fits as a single stage."""
 
-    sample = 2  # examples whose cost, shared out, is that of one; 2, so that batch norms work
+    @property
+    def sample(self) -> int:
+        """Examples whose cost, shared out, is that of one."""
+        return 2  # so that batch norms work
 
     def __init__(self, stages: Iterable[nn.Module], pool: nn.Module | None = None, head: nn.Module | None = None):
         super().__init__()

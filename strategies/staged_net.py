@@ -47,6 +47,13 @@ class StagedNet(Net):
         self.growth, self.reads_features = growth, reads_features
         if decoder is not None:
             self.decoder = decoder
+        for module in self._done():
+            module.requires_grad_(False).eval()
+
+    @property
+    def sample(self) -> int:
+        computed = self.frozen and not self.reads_features
+        return chunk(next(self.parameters()).device) if computed else super().sample
 
     def train(self, mode: bool = True) -> StagedNet:
         super().train(mode)
@@ -82,7 +89,7 @@ class StagedNet(Net):
         return torch.stack([w * one for w, one in zip(weights, logits, strict=True)]).sum(0) / sum(weights)
 
     def take(self, old: Weights) -> None:
-        """What the part before has trained, frozen. Its head becomes the last of the earlier heads, where these count."""
+        """What the part before has trained. Its head becomes the last of the earlier heads, where these count."""
         own = tuple(f"stages.{i}." for i in range(self.frozen))
         found = {name: value for name, value in old.items() if name.startswith(own)}
         if len(self.before):
@@ -94,10 +101,6 @@ class StagedNet(Net):
         assert not any(name.startswith((*own, "before.")) for name in left), (
             "the part before lacks what this one freezes"
         )
-        for module in self._done():
-            module.requires_grad_(False).eval()
-        if not self.reads_features:
-            self.sample = chunk(next(self.parameters()).device)
 
 
 # ------------------------------------------------------------------------------------------------------------ building
