@@ -52,6 +52,7 @@ class Curvature:
         self.due_at = dict.fromkeys(self.shapes, 0)  # step
         self.stale: list[str] = []  # layers whose factors are newer than the inverse
         self.product = self.like.new_zeros(())  # sum of products of gradients before and after, over all layers
+        self.scale = self.like.new_ones(())  # by which `clip` has multiplied
         if options.inverse == "ekfac" and self.placement.columns > 1:
             raise PlanError("natural_gradient: ekfac needs the bases on all workers: leave gradient_workers at 1")
         theirs = {id(p) for b in self.blocks.values() for p in b.layer.parameters}
@@ -195,8 +196,9 @@ class Curvature:
     def clip(self, bound: float) -> None:
         """Scale what was preconditioned by min(1, sqrt(bound / the sum of products of old and new gradients))."""
         grads = [p.grad for b in self.blocks.values() for p in b.layer.parameters if p.grad is not None]
+        self.scale = (bound / self.product).sqrt().nan_to_num(1.0, 1.0).clamp(max=1.0)
         if grads:
-            torch._foreach_mul_(grads, (bound / self.product).sqrt().nan_to_num(1.0, 1.0).clamp(max=1.0))
+            torch._foreach_mul_(grads, self.scale)
 
     def _preconditioned(self, old: Mapping[str, Tensor], damping: float) -> dict[str, Tensor]:
         rank, columns = self.worker.rank, self.placement.columns

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from strategies.backprop import Gradient, Step, Update
-from strategies.contract import Clock, Need, Schedule, State, Worker
+from strategies.contract import Clock, Metrics, Need, Schedule, State, Worker
 from strategies.curvature.refresh import Refresh
 
 if TYPE_CHECKING:
@@ -87,6 +87,11 @@ class Precondition(Update):
         rate = schedule(clock)
         if self.options.kl_clip and rate:
             state.saved["curvature"].clip(self.options.kl_clip / rate**2)
+
+    def metrics(self, state: State) -> Metrics:
+        """`kl_scale`: by which the step was scaled down."""
+        curvature: Curvature = state.saved["curvature"]
+        return {"kl_scale": curvature.scale / curvature.worker.size} if self.options.kl_clip else {}
 
     def gather(self, state: State) -> None:
         state.saved["curvature"].gather()

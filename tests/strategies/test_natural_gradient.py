@@ -164,13 +164,16 @@ def test_the_step_is_clipped(kl_clip: float, clipped: bool) -> None:
     made, state, curvature = learner(linear_net, {"damping": 0.3, "kl_clip": kl_clip}, (6,))
     found: dict[str, Tensor] = {}
     state.live.optimizer.register_step_pre_hook(lambda *_: found.update(w=state.live.net.head.weight.grad.clone()))
-    made.step(state, [batch(12, inputs=(6,))], clock())
+    metrics = made.step(state, [batch(12, inputs=(6,))], clock())
     bound = kl_clip / made.rate(clock()) ** 2 / curvature.product
     free_made, free, _ = learner(linear_net, {"damping": 0.3, "kl_clip": 0.0}, (6,))
     other: dict[str, Tensor] = {}
     free.live.optimizer.register_step_pre_hook(lambda *_: other.update(w=free.live.net.head.weight.grad.clone()))
     free_made.step(free, [batch(12, inputs=(6,))], clock())
-    assert torch.allclose(found["w"], other["w"] * (bound**0.5 if clipped else 1.0), rtol=1e-9)
+    scale = bound**0.5 if clipped else torch.tensor(1.0, dtype=torch.float64)
+    assert torch.allclose(found["w"], other["w"] * scale, rtol=1e-9)
+    assert float(metrics.get("kl_scale", 1.0)) == pytest.approx(float(scale))
+    assert ("kl_scale" in metrics) == bool(kl_clip)
 
 
 def test_the_first_factors_are_means_and_later_ones_forget() -> None:
