@@ -19,12 +19,13 @@ from orchestrator.phases import PhaseStore
 from orchestrator.recipe.workload_schema import Interval
 from orchestrator.workloads import order
 from strategies.backprop import CrossEntropy
+from strategies.batch_growth import BatchGrowth
 from strategies.contract import Batch, Clock, ModelSpec, Plan, PlanError
 from strategies.lars import Lars
 from strategies.net import Net
 from strategies.stage_wise import Patience, Reconstruction, StageWise, first, listed
 from strategies.staged_net import StagedNet
-from tests.strategies.cases import staged_net
+from tests.strategies.cases import staged_net, with_step_decay
 from tests.strategies.harness import CLASSES, EXAMPLES, WIDTH, Blobs, Pair, Trained, baseline, distance, train
 
 IMAGES = (1, 4, 4)
@@ -100,6 +101,22 @@ def test_what_is_frozen_stays_as_it_was(tmp_path: Path) -> None:
     assert not torch.equal(one["head.0.weight"], two["head.0.weight"][:, :5])
     assert {name.split(".")[1] for name in one if name.startswith("stages")} == {"0"}
     assert three.keys() == plan(convolved).phases[0].model(Pictures().inputs, CLASSES).state_dict().keys()
+
+
+@pytest.mark.parametrize("growth_first", [False, True])
+def test_what_is_frozen_stays_so_in_each_phase_of_a_part(growth_first: bool, tmp_path: Path) -> None:
+    """With batches that grow, each part has several phases, of which the later ones take all weights over."""
+    whole = with_step_decay(plan(convolved))
+    methods = [StageWise(cuts=[1], cache="exact"), BatchGrowth()]
+    for method in reversed(methods) if growth_first else methods:
+        whole = method.edit(whole)
+    assert len(whole.phases) == 4
+    train(whole, tmp_path, Pictures())
+    first, last = record(whole, 1, tmp_path), record(whole, 3, tmp_path)
+    assert all(torch.equal(first[name], last[name]) for name in first if name.startswith("stages.0."))
+    assert not torch.equal(record(whole, 2, tmp_path)["stages.1.0.weight"], last["stages.1.0.weight"])
+    contexts = {"test": str(tmp_path)}
+    assert feature_key(whole, 2, contexts) == feature_key(whole, 3, contexts)
 
 
 def test_no_gradient_reaches_what_is_frozen() -> None:
