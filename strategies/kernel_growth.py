@@ -206,18 +206,27 @@ def _moment(t: Tensor, growth: Growth, power: int) -> Tensor:
 
 
 def fit(old: Any, fresh: Any, growths: Mapping[str, Growth]) -> Any:
-    """What updates have kept, where `fresh` is what they keep to begin with: a map that holds a tensor of another shape is
-    made anew as a whole, unless the tensor stands under the name of a weight that grows."""
+    """What updates have kept, where `fresh` is what they keep to begin with.
+
+    Tensors under the name of a weight that grows are grown as weights. A map that holds another tensor of another shape is
+    made anew as a whole, and so is one that holds something else than at the beginning: of NG-SGD's factors that of inputs
+    is dropped, that of outputs kept; K-FAC's, whose scale depends on the number of positions, begin anew together.
+    """
     fresh = plain(fresh)
-    if isinstance(fresh, list | tuple) and len(old) == len(fresh):
-        return type(fresh)(fit(a, b, growths) for a, b in zip(old, fresh, strict=True))
-    if not isinstance(fresh, dict) or old.keys() != fresh.keys():
+    if isinstance(fresh, list | tuple):
+        fits = len(old) == len(fresh)
+        return type(fresh)(fit(a, b, growths) for a, b in zip(old, fresh, strict=True)) if fits else fresh
+    if not isinstance(fresh, dict):
         return old
     grown = {name: growth.resample(old[name], growth.amplitude) for name, growth in growths.items() if name in old}
     rest = old.keys() - grown.keys()
-    if any(getattr(old[k], "shape", None) != getattr(fresh[k], "shape", None) for k in rest):
+    if old.keys() != fresh.keys() or any(_shape(old[k]) != _shape(fresh[k]) for k in rest):
         return fresh
     return {k: grown[k] if k in grown else fit(old[k], fresh[k], growths) for k in old}
+
+
+def _shape(value: Any) -> Any:
+    return getattr(value, "shape", None)
 
 
 def plain(value: Any) -> Any:

@@ -116,8 +116,10 @@ def only_phase(plan: Plan, by: object) -> Phase:
     if phase.source is not all_data:
         raise PlanError(f"{name} resizes the data of phase '{phase.name}', which another method chooses: leave one out")
     learner = amend(phase, by).learner
-    if isinstance(learner, Backprop) and any(type(update).rate is not Update.rate for update in learner.updates):
-        raise PlanError(f"{name} continues one schedule over its phases, which adascale stretches: leave one out")
+    if isinstance(learner, Backprop) and any(type(update).ended is not Update.ended for update in learner.updates):
+        raise PlanError(
+            f"{name} gives each phase its share of the epochs, but adascale ends a phase by itself: leave one out"
+        )
     return phase
 
 

@@ -351,3 +351,4 @@ def test_factors_of_curvature_keep_what_fits() -> None:
             conv["A"] is fresh["conv"]["A"] and conv["G"]["ema"] is old["conv"]["G"]["ema"] and conv["G"]["seen"] == 7
         )
     assert found[0]["step"] == 7
+    assert fit({"kept": {"A": normal(9, 9)}}, {"kept": {}}, {}) == {"kept": {}}
