@@ -96,7 +96,7 @@ class Recalibrate(Update):
     def init(self, net: Net, worker: Worker) -> State:
         return State({"due": False}, (net, worker))
 
-    def after(self, state: State, clock: Clock) -> None:
+    def before(self, state: State, clock: Clock) -> None:
         switched = clock.step == 0 and clock.phase > 0
         state.saved["due"] |= switched or clock.step + 1 == clock.steps
 
