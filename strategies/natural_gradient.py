@@ -129,6 +129,6 @@ class TiedMomentum:
     def _tie(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
             rate, last = group["lr"], group["last_rate"]
-            group["highest_rate"] = max(group["highest_rate"], rate)
-            group["momentum"] = self.sgd.momentum * (rate if last is None else last) / group["highest_rate"]
+            group["highest_rate"] = highest = max(group["highest_rate"], rate)
+            group["momentum"] = self.sgd.momentum * (rate if last is None else last) / (highest or 1.0)
             group["last_rate"] = rate

@@ -133,10 +133,19 @@ class ConvLayer(Layer):
         return self.module.groups
 
     def inputs(self, x: Tensor) -> Tensor:
-        windows = self.windows(x)  # (n, h', w', kh, kw, c)
-        n, high, wide, *kernel, channels = windows.shape
-        grouped = windows.view(n, high, wide, *kernel, self.groups, channels // self.groups)
-        return self._ended(grouped.permute(5, 0, 1, 2, 3, 4, 6).reshape(self.groups, n, high * wide, -1))
+        return self._ended(self._grouped(self.windows(x)))
+
+    def summed(self, x: Tensor) -> Tensor:
+        windows = self.windows(x)
+        positions = windows.shape[1] * windows.shape[2]
+        rows = self._grouped(windows.sum((1, 2), keepdim=True))[:, :, 0]
+        return rows if self.bias is None else pad(rows, (0, 1), value=float(positions))
+
+    def _grouped(self, windows: Tensor) -> Tensor:
+        """(n, h', w', kh, kw, c) -> (groups, n, h' w', kh kw c / groups)"""
+        n, high, wide, _, _, _ = windows.shape
+        grouped = windows.unflatten(-1, (self.groups, -1)).permute(5, 0, 1, 2, 3, 4, 6)
+        return grouped.reshape(self.groups, n, high * wide, -1)
 
     def windows(self, x: Tensor) -> Tensor:
         """(n, c, h, w) -> (n, h', w', kh, kw, c), a view: what each output position sees."""

@@ -81,6 +81,7 @@ def test_rows_of_a_convolution_make_its_gradient(options: dict[str, Any]) -> Non
     made = torch.einsum("gnto,gnti->goi", layer.outputs(grads[0]), layer.inputs(xs[0]))
     assert close(made, layer.matrix())
     assert layer.sizes == made.shape
+    assert close(layer.summed(xs[0]), layer.inputs(xs[0]).sum(2))
     assert all(torch.equal(p.grad, part) for p, part in zip(layer.parameters, layer.split(layer.matrix()), strict=True))  # type: ignore[arg-type]
     before = layer.matrix().clone()
     layer.write(2 * before)
