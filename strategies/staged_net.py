@@ -79,7 +79,7 @@ class StagedNet(Net):
         return torch.cat([self.head(self.pool(features.detach())), error], 1)
 
     def _mean_logits(self, x: Tensor) -> Tensor:
-        logits, end = [], 0
+        logits: list[Tensor] = []
         for begin, end in pairwise((0, *self.ends)):
             for stage in list(self.stages)[begin:end]:
                 x = stage(x)

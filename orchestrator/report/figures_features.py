@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,7 +25,7 @@ def features(summary: Summary) -> Figure | None:
         name = f"{look.trial} stage {stage.stage}" if several else f"stage {stage.stage}"
         axes.set_title(f"{name} ({100 * stage.accuracy:.1f} %)", fontsize=10)
     classes = sorted({label for look, _ in panels for label in look.labels})
-    style = {"linestyle": "", "markersize": 5}
+    style: Any = {"linestyle": "", "markersize": 5}
     below(figure, [Line2D([], [], color=colour(c), marker=marker(c), label=f"class {c}", **style) for c in classes])
     return figure
 
