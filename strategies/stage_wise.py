@@ -29,7 +29,6 @@ from strategies.contract import (
     Worker,
     option,
 )
-from strategies.rate import Rate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,17 +138,17 @@ class StageWise(Strategy):
         """With the part's own rate and decay, objective and end."""
         changes: dict[str, Callable[[Any], Any]] = {}
         if self.rates and (peak := self.rates[number]) is not None:
-            changes["rate"] = lambda old: _with(old, Rate, "rates", peak=peak)
+            changes["rate"] = lambda old: _with(old, "rates", peak=peak)
         if self.weight_decay and (decay := self.weight_decay[number]) is not None:
-            changes["optimizer"] = lambda old: _with(old, object, "weight_decay", weight_decay=decay)
+            changes["optimizer"] = lambda old: _with(old, "weight_decay", weight_decay=decay)
         if number < self.unsupervised:
             changes["objective"] = Reconstruction
         ends = (Patience(self.patience, self.watched),) if self.patience else ()
         return amend(phase, self, updates=ends, **changes)
 
 
-def _with(old: Any, kind: type, name: str, **values: float) -> Any:
-    if not isinstance(old, kind) or not all(hasattr(old, key) for key in values):
+def _with(old: Any, name: str, **values: float) -> Any:
+    if not all(hasattr(old, key) for key in values):
         raise PlanError(f"stage_wise: {name} cannot be set in {old}: put stage_wise before the other strategies")
     return dataclasses.replace(old, **values)
 
