@@ -19,7 +19,7 @@ from strategies.rate import Constant, Cosine, Polynomial
 from strategies.running_mixup import RunningMixup
 from strategies.weight_noise import SeveralPasses, WeightNoise
 
-FALLS = {"none": Constant(), "linear": Polynomial(), "cosine": Cosine()}
+FALLS: dict[str, Constant | Cosine | Polynomial] = {"none": Constant(), "linear": Polynomial(), "cosine": Cosine()}
 
 
 @dataclass(frozen=True, slots=True)

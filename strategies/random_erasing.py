@@ -30,8 +30,8 @@ class Erase:
                 f"loss_smoothing erases parts of images, the data have shape {tuple(x.shape[1:])}: set erase: 0"
             )
         draws = uniform(dataclasses.replace(clock, rank=0)).to(x.device)[batch.position % clock.batch]
-        hit = draws[:, 0] < self.share(clock)
-        holes = rectangles(draws, *x.shape[2:], self.area, self.aspect) & hit[:, None, None]
+        hit, (height, width) = draws[:, 0] < self.share(clock), x.shape[2:]
+        holes = rectangles(draws, height, width, self.area, self.aspect) & hit[:, None, None]
         return dataclasses.replace(batch, x=x.masked_fill(holes[:, None], 0))
 
 

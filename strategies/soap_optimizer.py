@@ -35,10 +35,10 @@ class SoapMatrices(Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._step(p, group)
+                    self._step(p, as_matrix(p.grad), group)
 
-    def _step(self, p: Tensor, group: dict[str, Any]) -> None:
-        g, state = as_matrix(p.grad), self.state[p]
+    def _step(self, p: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
         taken = sides(g, self.largest)
         if not state:
             self._begin(state, g, taken)

@@ -141,9 +141,9 @@ def test_8_repeated_examples_change_nothing(name: str, tmp_path: Path) -> None:
 def in_order(names: tuple[str, ...], directory: Path) -> Trained | None:
     """Trained with these strategies applied in this order; None where they refuse each other."""
     plan = baseline(epochs=1)
-    for name in sorted(names):
-        plan = CASES[name].base(plan)
     try:
+        for name in sorted(names):
+            plan = CASES[name].base(plan)
         for name in names:
             plan = edited(name, plan)
         data = Blobs(inputs=max((CASES[name].inputs for name in names), key=len))
