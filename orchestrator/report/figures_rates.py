@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -13,7 +13,10 @@ from orchestrator.report.best_rates import BestRate, best_rates, guide, listed
 from orchestrator.report.figures import GREY, batch_ticks, below, colour, log_y, marker, multiples, short
 from orchestrator.report.summary import Summary
 
-GUIDES = {"--": (1.0, "in proportion to the batch"), ":": (0.5, "to its square root")}
+GUIDES: dict[Literal["--", ":"], tuple[float, str]] = {
+    "--": (1.0, "in proportion to the batch"),
+    ":": (0.5, "to its square root"),
+}
 TRIANGLES = {"upper": "^", "lower": "v"}
 
 
@@ -25,7 +28,8 @@ def rates(summary: Summary) -> Figure | None:
     figure, grid = multiples(len(found), "batch size (examples)", "best peak learning rate")
     for axes, (arm, own) in zip(grid, found.items(), strict=True):
         _rates(axes, own, summary.study.arms.index(arm))
-        axes.set(xscale="log", title=short(arm))
+        axes.set_xscale("log")
+        axes.set_title(short(arm), fontsize=10)
         batch_ticks(axes, summary.batches)
     log_y(grid[0])
     below(figure, _handles(any(r.edge for r in listed(summary))))
