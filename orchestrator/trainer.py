@@ -31,6 +31,7 @@ from strategies.contract import Batch, Clock, Plan, State, Stream, Weights, Work
 from strategies.net import Net
 
 SAVED = 3  # times the weights, about: a checkpoint holds them, the optimizer's state and what came before
+SAVE = "a checkpoint is due"  # goes with the metrics of a row, so that all ranks know what rank 0 decided
 EXPLODED = 3.0  # times the first loss: a trial that stays above it for 1 % of its steps has diverged
 
 
@@ -158,6 +159,7 @@ class PhaseRun:
         self.flops = flops.per_example(self.net, self._train_batch(0, self.net.sample), worker)
         self._quicken()
         self.micro = self._micro_batch()
+        self.size = sum(t.nbytes for t in self.weights().values())  # in bytes, while no engine has taken them apart
         self.state: State = phase.learner.init(self.net, worker)
         if carried.state is not None:
             checkpoint.restore(self.state, self._adopted(carried.state))
@@ -168,6 +170,7 @@ class PhaseRun:
         self.watch = Stopwatch(worker.device)
         self.interval = CheckpointInterval(job.save_seconds, job.mtbf)
         self.saved_at = progress.train_seconds
+        self.save_agreed = False  # whether a checkpoint is due, alike on all ranks
 
     def _build(self) -> Net:
         job = self.job
@@ -232,7 +235,10 @@ class PhaseRun:
             self._step()
             if self._due():
                 self._log()
-        self.handed_on = checkpoint.snapshot(self.state) if self.phase.hands_on else None
+        self.worker.gather(optimizer=self.phase.hands_on)
+        if self.phase.hands_on:
+            self._ask("gather", self.state)
+            self.handed_on = checkpoint.snapshot(self.state)
         self.phase.learner.finish(self.state)
 
     def _step(self) -> None:
@@ -295,6 +301,7 @@ class PhaseRun:
         self._ask("settle", self.state)
         self._judge_loss(row["train_loss"])
         if self._evaluates() and self.progress.status == "running":
+            self.worker.gather()
             self._ask("refresh", self.state, lambda n: self._train_batch(0, min(n, self.job.dataset.examples)))
             row |= evaluate(self.phase, self.net, self.state, self.data, self.worker)
         if self.job.target and self.job.target.stop and reached(self.job.target, row):
@@ -302,12 +309,14 @@ class PhaseRun:
         self._judge_deadlines(row)
         self.rows.add(row)
         self.progress.eval_seconds += self.watch.lap()
-        self._save_if_due()
+        if self.save_agreed and self.progress.status == "running" and self.progress.step < self.steps:
+            self._save()
         self.watch.lap()
 
     def _row(self, seconds: float) -> dict[str, Any]:
         progress, steps = self.progress, self.progress.step - self.window_start
-        means = reduced(self.window, self.worker, steps)
+        means = reduced(self.window | {SAVE: self._save_wanted()}, self.worker, steps)
+        self.save_agreed = means.pop(SAVE) > 0
         self.window, self.window_start = {}, progress.step
         rate = getattr(self.phase.learner, "rate", None)
         row: dict[str, Any] = {"step": progress.steps, "phase": progress.phase, "epoch": progress.epochs}
@@ -347,21 +356,24 @@ class PhaseRun:
         if missed and self.progress.status == "running" and self.progress.step < self.steps:
             self.progress.status = "pruned"
 
-    def _save_if_due(self) -> None:
-        """Rank 0 alone decides and writes: saving changes nothing that another rank would see."""
-        ended = self.progress.step == self.steps or self.progress.status != "running"
-        if self.worker.rank or ended or not self._save_due():
-            return
-        content = {"progress": asdict(self.progress), "state": self.state, "carried": self.carried.weights}
-        checkpoint.save(self.job.directory / "checkpoints", self.progress.steps, content, self.job.keep)
+    def _save(self) -> None:
+        """All ranks make whole what is spread, rank 0 writes; no step sees a difference."""
+        self.worker.gather(optimizer=True)
+        self._ask("gather", self.state)
+        if self.worker.rank == 0:
+            content = {"progress": asdict(self.progress), "state": self.state, "carried": self.carried.weights}
+            checkpoint.save(self.job.directory / "checkpoints", self.progress.steps, content, self.job.keep)
         self.saved_at = self.progress.train_seconds
         self.progress.save_seconds += self.watch.lap()
         self.progress.saves += 1
 
+    def _save_wanted(self) -> torch.Tensor:
+        """This rank's share of the decision, which is rank 0's: clocks differ."""
+        return torch.tensor(float(self.worker.rank == 0 and self._save_due()), device=self.worker.device)
+
     def _save_due(self) -> bool:
-        progress, size = self.progress, sum(t.nbytes for t in self.weights().values())
-        cost = progress.save_seconds / progress.saves if progress.saves else expected_cost(SAVED * size)
-        trained = progress.train_seconds
+        progress, trained = self.progress, self.progress.train_seconds
+        cost = progress.save_seconds / progress.saves if progress.saves else expected_cost(SAVED * self.size)
         return self.interval.due(trained - self.saved_at, trained, progress.save_seconds, cost)
 
 

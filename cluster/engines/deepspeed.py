@@ -63,7 +63,7 @@ class DeepSpeedWorker(ProcessWorker):
         config = configuration(self.stage, bucket, self.size, self.precision, self.extra)
         self.engine = initialize(net, optimizer, config, self.device)
         self.shards = Shards(self.engine, groups) if self.stage else None
-        self.settle()
+        self.gather()
         return self.engine
 
     def whole(self, optimizer: Optimizer) -> Any:
@@ -94,16 +94,16 @@ class DeepSpeedWorker(ProcessWorker):
         """Whether DeepSpeed has the model; one without parameters is left as it is."""
         return model is self.engine
 
-    def settle(self) -> None:
+    def gather(self, optimizer: bool = False) -> None:
         if self.shards:
-            self.shards.gather()
+            self.shards.gather(optimizer)
 
 
 class Shards:
     """Weights and optimizer state that are spread over workers, and the same whole, as one worker alone has them.
 
-    `gather` makes both whole on every worker, and `scatter` lets the weights go before the next step. It stands in for the
-    optimizer in checkpoints: state_dict and load_state_dict are those of the torch optimizer that it spreads.
+    `gather` makes them whole on every worker, and `scatter` lets them go before the next step. It stands in for the optimizer
+    in checkpoints: state_dict, which needs the state gathered, and load_state_dict are those of the torch optimizer.
     """
 
     def __init__(self, engine: Any, groups: list[list[nn.Parameter]]):
@@ -112,30 +112,35 @@ class Shards:
         self.groups = groups
         self.index = {p: i for i, p in enumerate(p for group in groups for p in group)}
         self.hooks = getattr(self.zero, "parameter_offload", None)  # at stage 3, which spreads weights
-        self.whole = False
-        self.state: dict[int, dict[str, Any]] = {}
+        self.whole = False  # the weights, where they are spread
+        self.state: dict[int, dict[str, Any]] | None = None  # of the optimizer, by index of the parameter; None: spread
 
-    def gather(self) -> None:
-        """On all workers at once. DeepSpeed's hooks, which would take weights apart again, are off until `scatter`."""
+    def gather(self, optimizer: bool) -> None:
+        """On all workers at once: the weights and, with `optimizer`, its state. What is whole already stays."""
+        if self.hooks and not self.whole:
+            self._gather_weights()
+        if optimizer and self.state is None:
+            self.state = self._gathered_state()
+
+    def _gather_weights(self) -> None:
+        """DeepSpeed's hooks, which would take weights apart again, are off until `scatter`."""
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
-        self.state = self._gathered()
-        if self.hooks and not self.whole:
-            self.hooks.partition_all_parameters()
-            self.hooks._remove_module_hooks()
-            self.hooks.forward_hooks, self.hooks.backward_hooks = [], []
-            FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not self.net]
-            params: list[Any] = list(self.net.parameters())
-            params[0].all_gather(param_list=params)
+        self.hooks.partition_all_parameters()
+        self.hooks._remove_module_hooks()
+        self.hooks.forward_hooks, self.hooks.backward_hooks = [], []
+        FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not self.net]
+        params: list[Any] = list(self.net.parameters())
+        params[0].all_gather(param_list=params)
         self.whole = True
 
     def scatter(self) -> None:
-        """Each worker keeps its part of the weights, as they are now."""
-        if self.hooks and self.whole:
+        """Each worker keeps its part of the weights, as they are now, and of the optimizer's state."""
+        if self.whole:
             params: list[Any] = list(self.net.parameters())
             params[0].partition(param_list=params, has_been_updated=True)
             self.hooks.setup_zero_stage3_hooks()
-        self.whole = False
+        self.whole, self.state = False, None
 
     def spoil_if_skipped(self) -> None:
         """DeepSpeed skips a step whose gradient is not finite. Here it ends the trial, as with the other engines."""
@@ -145,6 +150,8 @@ class Shards:
                 getattr(p, "ds_tensor", p).data.fill_(torch.nan)
 
     def state_dict(self) -> dict[str, Any]:
+        if self.state is None:
+            raise RuntimeError("the optimizer's state is spread over workers: gather(optimizer=True) makes it whole")
         first = [self.index[group[0]] for group in self.groups]
         return {
             "state": self.state,
@@ -174,7 +181,7 @@ class Shards:
                 if spread(key, part):
                     self._write(part, p, state[key])
 
-    def _gathered(self) -> dict[int, dict[str, Any]]:
+    def _gathered_state(self) -> dict[int, dict[str, Any]]:
         """Each parameter's state whole, by its index."""
         found: dict[int, dict[str, Any]] = {i: {} for i in self.index.values()}
         for flat, params in self._flats():
