@@ -48,7 +48,7 @@ class Curvature:
         self.kept: dict[str, Tensor] = {}  # means of factors, and their last two fresh values for refresh; inverses
         self.whole: dict[str, Tensor] | None = None  # on rank 0, from `gather` to the next step: what all workers keep
         self.counts: dict[str, int] = {}  # values in a mean; alike on all workers, as is what follows
-        self.intervals = {key: [1, 1] for key in self.shapes}  # the last, and the one before
+        self.intervals = dict.fromkeys(self.shapes, (1, 1))  # the last, and the one before
         self.due_at = dict.fromkeys(self.shapes, 0)  # step
         self.stale: list[str] = []  # layers whose factors are newer than the inverse
         self.product = self.like.new_zeros(())  # sum of products of gradients before and after, over all layers
@@ -137,15 +137,18 @@ class Curvature:
             if key in fresh:
                 intervals[i] = self._interval(key, fresh[key])
         for key, interval in zip(due, self.worker.sum_(intervals).tolist(), strict=True):
-            self.intervals[key] = [int(interval), self.intervals[key][0]]
+            self.intervals[key] = (int(interval), self.intervals[key][0])
             self.due_at[key] = clock.step + int(interval)
 
     def _interval(self, key: str, fresh: Tensor) -> int:
         """Until this factor is due again; its last two values move on."""
         last, before = self.kept.get(f"{key}_last"), self.kept.get(f"{key}_before")
-        near = [old is not None and bool(change(fresh, old) < self.options.refresh.tolerance) for old in (last, before)]
+        as_last, as_before = (old is not None and self._near(fresh, old) for old in (last, before))
         self.kept |= {f"{key}_last": fresh} | ({} if last is None else {f"{key}_before": last})
-        return next_interval(*self.intervals[key], *near)
+        return next_interval(*self.intervals[key], as_last, as_before)
+
+    def _near(self, new: Tensor, old: Tensor) -> bool:
+        return bool(change(new, old) < self.options.refresh.tolerance)
 
     def _rescale(self, clock: Clock) -> None:
         """The curvature along the bases in use, corrected by what this step saw (ekfac)."""
@@ -160,7 +163,7 @@ class Curvature:
     def _invert(self, damping: float) -> None:
         """Stale layers on their owners, then to their gradient workers."""
         mine = {name: self.blocks[name] for name in self.stale if self.owner[name] == self.worker.rank}
-        made = {}
+        made: dict[str, Tensor] = {}
         for name, own in mine.items():
             inverse = own.invert({f: self.kept[f"{name}/{f}"] for f in own.factors}, damping)
             made |= {f"{name}/{part}": t.contiguous() for part, t in inverse.items()}  # as a checkpoint gives it back
@@ -218,7 +221,8 @@ class Curvature:
         """What all workers keep onto rank 0, in the memory of its host, for a checkpoint."""
         if self.worker.size == 1:
             return
-        everyone, whole = range(self.worker.size), {}
+        everyone = range(self.worker.size)
+        whole: dict[str, Tensor] = {}
         for owner in everyone:  # one after the other, so that no worker needs memory for all
             shapes = {key: shape for key, shape in self._everything().items() if self.owner[_layer(key)] == owner}
             sources = dict.fromkeys(shapes, owner)
@@ -228,7 +232,7 @@ class Curvature:
 
     def _everything(self) -> dict[str, Shape]:
         """What is kept anywhere by now."""
-        found = {}
+        found: dict[str, Shape] = {}
         for key, shape in self.shapes.items():
             suffixes = ["", "_last", "_before"] if self.options.refresh.tolerance else [""]
             found |= {key + suffix: shape for suffix in suffixes[: self.counts.get(key, 0) + 1]}

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.grad import conv2d_weight
 
 from strategies.curvature.layers import ConvLayer, LinearLayer
 
@@ -47,9 +48,8 @@ def widened(t: Tensor) -> Tensor:
 def slides(layer: ConvLayer) -> bool:
     """Whether a convolution is the plain 3 x 3 one that keeps the size of the map."""
     conv = layer.module
-    sizes = (conv.kernel_size, conv.stride, conv.dilation, conv.padding, conv.groups)
-    plain = sizes in (((3, 3), (1, 1), (1, 1), around, 1) for around in ((1, 1), "same"))
-    return plain and conv.padding_mode == "zeros"
+    ones = conv.stride == conv.dilation == (1, 1) and conv.groups == 1
+    return conv.kernel_size == (3, 3) and ones and conv.padding in ((1, 1), "same") and conv.padding_mode == "zeros"
 
 
 def _by_shifts(x: Tensor, biased: bool) -> Tensor:
@@ -90,6 +90,6 @@ def from_shifts(x: Tensor) -> Tensor:
 def correlation(x: Tensor) -> Tensor:
     """(n, c, h, w) -> (5, 5, c, c): the sum over the plane of x[u] x[u + shift]^T, by the shift plus 2."""
     c = x.shape[1]
-    weight = nn.grad.conv2d_weight(pad(x, (0, 0, 0, 2)), (c, c, 3, 5), x, padding=(0, 2))
+    weight = conv2d_weight(pad(x, (0, 0, 0, 2)), (c, c, 3, 5), x, padding=(0, 2))
     down = weight.permute(2, 3, 0, 1)  # shifts by 0, 1, 2 rows; upward, a correlation is the transpose of its opposite
     return torch.cat([down.flip(0, 1).mT[:2], down])

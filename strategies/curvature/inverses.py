@@ -9,11 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+MOST = 1e8  # of pi
+
 
 def balance(a: Tensor, g: Tensor) -> Tensor:
-    """(groups,) pi = sqrt((tr A / d_in) / (tr G / d_out)): shares the damping out between the factors."""
-    means = [f.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(f.dtype).tiny) for f in (a, g)]
-    return (means[0] / means[1]).sqrt()
+    """(groups,) pi = sqrt((tr A / d_in) / (tr G / d_out)): shares the damping out between the factors.
+
+    Bounded, since one of them may be zero: that of a layer before a zero scale has no gradient at first.
+    """
+    means = [f.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(f.dtype).tiny).sqrt() for f in (a, g)]
+    return (means[0] / means[1]).clamp(1 / MOST, MOST)
 
 
 def factored(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -24,9 +29,10 @@ def factored(a: Tensor, g: Tensor, damping: float) -> tuple[Tensor, Tensor]:
 
 def inverse(factor: Tensor, damping: Tensor) -> Tensor:
     """(factor + damping)^-1 of (groups, d, d), with a damping per group; not a number where that has no Cholesky root."""
-    damped = factor + damping[:, None, None] * torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    root, failed = torch.linalg.cholesky_ex(damped)
-    return torch.cholesky_inverse(root).masked_fill_((failed != 0)[:, None, None], torch.nan)
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    root, failed = torch.linalg.cholesky_ex(factor + damping[:, None, None] * eye)
+    bad = (failed != 0)[:, None, None]
+    return torch.cholesky_inverse(torch.where(bad, eye, root)).masked_fill_(bad, torch.nan)
 
 
 def eigenbasis(factor: Tensor) -> tuple[Tensor, Tensor]:

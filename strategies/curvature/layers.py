@@ -10,15 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.modules.batchnorm import _BatchNorm
-
-if TYPE_CHECKING:
-    from strategies.net import Net
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -221,7 +218,7 @@ class NormLayer:
 AnyLayer: TypeAlias = "LinearLayer | ConvLayer | NormLayer"
 
 
-def served(net: Net) -> list[AnyLayer]:
+def served(net: nn.Module) -> list[AnyLayer]:
     """The layers of a network, in its order: plain linear layers, two-dimensional convolutions and batch norms.
 
     A subclass with a forward pass of its own is none, nor is a layer that shares a parameter with another module (one that is
@@ -230,23 +227,24 @@ def served(net: Net) -> list[AnyLayer]:
     holders = Counter(id(p) for module in net.modules() for p in module._parameters.values() if p is not None)
     found = []
     for name, module in net.named_modules():
-        kind = _kind(module)
-        if kind and all(holders[id(p)] == 1 for p in module._parameters.values() if p is not None):
-            layer = kind(name, module)
-            if layer.parameters and (kind is NormLayer or layer.weight.requires_grad):
-                found.append(layer)
-    return found
+        layer = _layer(name, module)
+        if layer and all(holders[id(p)] == 1 for p in module._parameters.values() if p is not None):
+            found.append(layer)
+    return [layer for layer in found if layer.parameters]
 
 
-KINDS = {nn.Linear: LinearLayer, nn.Conv2d: ConvLayer, _BatchNorm: NormLayer}
-
-
-def _kind(module: nn.Module) -> type[LinearLayer] | type[ConvLayer] | type[NormLayer] | None:
-    """How a module is served. What computes its weight anew at each pass (parametrizations) holds no `weight`."""
-    for base, kind in KINDS.items():
-        if isinstance(module, base) and type(module).forward is base.forward and "weight" in module._parameters:
-            return kind
-    return None
+def _layer(name: str, module: nn.Module) -> AnyLayer | None:
+    """What computes its weight anew at each pass (parametrizations) holds no `weight` and is not served."""
+    if "weight" not in module._parameters:
+        return None
+    forward = type(module).forward
+    if isinstance(module, _BatchNorm):
+        return NormLayer(name, module) if forward is _BatchNorm.forward else None
+    if not getattr(module.weight, "requires_grad", False):
+        return None
+    if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
+        return LinearLayer(name, module)
+    return ConvLayer(name, module) if isinstance(module, nn.Conv2d) and forward is nn.Conv2d.forward else None
 
 
 def _positions(x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def seen(net: nn.Module, x: Tensor, loss: Any) -> dict[AnyLayer, tuple[list[Tens
     """Inputs and output gradients of the calls of each layer, after a backward pass."""
     found: dict[AnyLayer, tuple[list[Tensor], list[Tensor]]] = {}
     net.zero_grad()
-    with watched(served(net), lambda layer, xs, grads: found.__setitem__(layer, (xs, grads))):  # type: ignore[arg-type]
+    with watched(served(net), lambda layer, xs, grads: found.__setitem__(layer, (xs, grads))):
         loss(net(x)).backward()
     return found
 
@@ -75,14 +75,14 @@ CONVOLUTIONS = [
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
 def test_rows_of_a_convolution_make_its_gradient(options: dict[str, Any]) -> None:
     conv = nn.Conv2d(4, 8, **({"kernel_size": 3} | options)).double()
-    (layer,) = served(nn.Sequential(conv))  # type: ignore[arg-type]
+    (layer,) = served(nn.Sequential(conv))
     assert not isinstance(layer, NormLayer)
     ((xs, grads),) = seen(nn.Sequential(conv), randn(5, 4, 8, 7), lambda y: (y * y.detach().sin()).sum()).values()
     made = torch.einsum("gnto,gnti->goi", layer.outputs(grads[0]), layer.inputs(xs[0]))
     assert close(made, layer.matrix())
     assert layer.sizes == made.shape
     assert close(layer.summed(xs[0]), layer.inputs(xs[0]).sum(2))
-    assert all(torch.equal(p.grad, part) for p, part in zip(layer.parameters, layer.split(layer.matrix()), strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(p.grad, part) for p, part in zip(layer.parameters, layer.split(layer.matrix()), strict=True))
     before = layer.matrix().clone()
     layer.write(2 * before)
     assert torch.equal(layer.matrix(), 2 * before)
@@ -124,15 +124,15 @@ def test_what_is_served() -> None:
     shifted.weight.requires_grad_(False)
     normed = torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
     net = nn.Sequential(nn.Linear(2, 2), Own(2, 2), shared, twin, frozen, shifted, normed, nn.LayerNorm(2))
-    assert [layer.name for layer in served(net)] == ["0", "5"]  # type: ignore[arg-type]
-    assert served(net)[1].parameters == [shifted.bias]  # type: ignore[arg-type]
+    assert [layer.name for layer in served(net)] == ["0", "5"]
+    assert served(net)[1].parameters == [shifted.bias]
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("size", [(5, 4), (1, 1), (2, 3), (1, 4)], ids=str)
 def test_shifts_are_rows(bias: bool, size: tuple[int, int]) -> None:
-    (layer,) = served(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=bias).double()))  # type: ignore[arg-type]
-    assert not isinstance(layer, NormLayer) and slides(layer)  # type: ignore[arg-type]
+    (layer,) = served(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=bias).double()))
+    assert not isinstance(layer, NormLayer) and slides(layer)
     x = randn(6, 3, *size)
     assert close(gram(layer, x), square(layer.inputs(x).flatten(1, 2)))
     assert close(layer.summed(x), layer.inputs(x).sum(2))
@@ -157,7 +157,7 @@ def test_a_repeated_batch_has_the_same_factors(reduce: bool) -> None:
     x, y = randn(5, 2, 4, 4), torch.tensor([0, 1, 2, 1, 0])
     once = seen(net, x, lambda out: nn.functional.cross_entropy(out, y))
     thrice = seen(net, x.repeat(3, 1, 1, 1), lambda out: nn.functional.cross_entropy(out, y.repeat(3)))
-    for layer in served(net):  # type: ignore[arg-type]
+    for layer in served(net):
         own = block(layer, "cholesky", reduce)
         by_name = {one.name: calls for one, calls in once.items()}, {one.name: calls for one, calls in thrice.items()}
         few, many = (curvature(own, *calls[layer.name], n) for calls, n in zip(by_name, (5, 15), strict=True))
@@ -170,7 +170,7 @@ def gauss_newton(
     """Of a square loss, for a convolution's matrix: the exact one, and the factors of expand and reduce."""
     gradients, sums = [], {False: {}, True: {}}  # type: ignore[var-annotated]
     classes = outputs(net(x[:1])).shape[1]
-    layer = next(layer for layer in served(net) if layer.module is conv)  # type: ignore[arg-type]
+    layer = next(layer for layer in served(net) if layer.module is conv)
     for c in range(classes):
         for n in range(len(x)):
             net.zero_grad()
@@ -286,8 +286,18 @@ def test_large_damping_gives_the_gradient_and_none_is_free_of_scale() -> None:
 
 
 def test_a_singular_factor_gives_no_number_instead_of_an_error() -> None:
-    singular = -eye(3)[None]
-    assert inverses.inverse(singular, torch.zeros(1, dtype=torch.float64)).isnan().all()
+    none = torch.zeros(2, dtype=torch.float64)
+    found = inverses.inverse(torch.stack([torch.zeros_like(eye(3)), eye(3)]), none)
+    assert found[0].isnan().all() and torch.equal(found[1], eye(3))
+    assert inverses.inverse(-eye(3)[None], none[:1]).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_factor_of_zeros_has_an_inverse(dtype: torch.dtype) -> None:
+    """That of a convolution before a batch norm whose scale begins at zero."""
+    a, g = (f.to(dtype) for f in factors())
+    assert all(f.isfinite().all() for f in inverses.factored(a, 0 * g, 1e-3))
+    assert all(f.isfinite().all() for f in inverses.factored(0 * a, g, 1e-3))
 
 
 def test_one_step_of_linear_regression_is_newtons() -> None:
@@ -302,7 +312,7 @@ def test_corrected_eigenvalues_are_the_best_along_the_basis() -> None:
     """|F - EKFAC| <= |F - KFAC|, and the corrected scale is the diagonal of F in the basis (George et al. 2018)."""
     net = nn.Sequential(nn.Conv2d(2, 3, 2).double(), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3).double())
     x, y = randn(6, 2, 3, 3), torch.tensor([0, 1, 2, 1, 0, 2])
-    layer = served(net)[0]  # type: ignore[arg-type]
+    layer = served(net)[0]
     assert not isinstance(layer, NormLayer)
     gradients = []
     for n in range(6):
