@@ -76,7 +76,12 @@ class Factor:
         values = values.maximum((1 - eta) * self.rho)
         floor = (DELTA * values.max()).clamp(min=EPSILON)
         rho = ((trace - values.sum()) / (width - rank)).maximum(floor)
-        return Factor(q.to(self.q.dtype), (values - rho).maximum(floor), rho)
+        return Factor(_rows(q, self.q), (values - rho).maximum(floor), rho)
+
+
+def _rows(q: Tensor, like: Tensor) -> Tensor:
+    """In the dtype of `like`, row after row in memory: after a resume, products round as without one."""
+    return q.to(like.dtype).contiguous()
 
 
 def rank_of(width: int, limit: int) -> int:
@@ -128,4 +133,4 @@ def merged(factors: list[Factor]) -> Factor:
     top, left = values[:rank].square(), values[rank:].square().sum()
     rest = left / (width - rank)
     rho = torch.stack([f.rho for f in factors]).mean() + rest
-    return Factor(q[:rank].to(one.q.dtype), (top - rest).clamp(min=EPSILON), rho)
+    return Factor(_rows(q[:rank], one.q), (top - rest).clamp(min=EPSILON), rho)

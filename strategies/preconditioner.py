@@ -99,7 +99,7 @@ class Preconditioner:
     def _probe(self, side: str) -> Tensor | None:
         """What products are taken with; None: X'X is wanted whole, since a factor's first updates all use one batch."""
         q = self._factor(side).q
-        return q if self.steps or q.shape[1] > WIDEST else None
+        return q if self.steps or q.shape[1] > WIDEST or not len(q) else None
 
     def _tally(self, side: str) -> Tally:
         if side not in self.tallies:
