@@ -76,7 +76,7 @@ def eigenbasis(mean: Tensor) -> Tensor:
     values, vectors = eigen(mean)
     found = vectors[:, values > NULL * values[-1]].flip(1)
     axes = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
-    return torch.linalg.qr(torch.cat([found, axes], 1)).Q
+    return orthonormal(torch.cat([found, axes], 1))
 
 
 def turn(state: dict[str, Any], mean: Tensor, side: str) -> None:
@@ -88,5 +88,10 @@ def turn(state: dict[str, Any], mean: Tensor, side: str) -> None:
     product = mean @ basis
     values = (basis * product).sum(0)
     order = values.argsort(descending=True)
-    state[f"{side}_basis"] = torch.linalg.qr((product + NULL * values.max() * basis)[:, order]).Q
+    state[f"{side}_basis"] = orthonormal((product + NULL * values.max() * basis)[:, order])
     state["squares"] = state["squares"].index_select(0 if side == "left" else 1, order)
+
+
+def orthonormal(columns: Tensor) -> Tensor:
+    """(n, m) -> (n, n) made of the columns one after the other, in memory as a checkpoint gives it back."""
+    return torch.linalg.qr(columns).Q.contiguous()
