@@ -33,7 +33,7 @@ class Adascale(Strategy):
     per: int = option(256, "batch size at which rate and budget hold as they are: there, plain SGD", ge=1)
 
     def edit(self, plan: Plan) -> Plan:
-        if len(plan.phases) > 1:
+        if any(phase.hands_on for phase in plan.phases):
             raise PlanError("adascale goes through one schedule, but the plan has several phases: leave one method out")
         return plan.map(self._amend)
 
