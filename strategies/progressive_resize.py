@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from strategies.contract import ModelSpec, Plan, PlanError, Strategy, option
-from strategies.resizing import Recalibrate, Resize, cut, only_phase, resized
+from strategies.resizing import Recalibrate, Resize, cut, only_phase
 
 if TYPE_CHECKING:
     from strategies.net import Net
@@ -43,7 +43,7 @@ class ProgressiveResize(Strategy):
         sizes = [(share, Resize(scale, self.increment)) for share, scale in self.schedule() if share > ROUNDING]
         shares, resizes = [share for share, _ in sizes], [resize for _, resize in sizes]
         first, *rest = cut(phase, self, shares, resizes, (Recalibrate(self.examples),))
-        checked = ModelSpec(sizeless, (("model", phase.model), ("resize", resizes[0])))
+        checked = ModelSpec(for_any_size, (("model", phase.model), ("resize", resizes[0])))
         return dataclasses.replace(plan, phases=(dataclasses.replace(first, model=checked), *rest))
 
     def schedule(self) -> list[tuple[float, float]]:
@@ -54,13 +54,17 @@ class ProgressiveResize(Strategy):
         return [(first, self.scale), *grown, (self.finetune, 1.0)]
 
 
-def sizeless(inputs: tuple[int, ...], classes: int, model: ModelSpec, resize: Resize) -> Net:
-    """The model. Raises PlanError if for resized images it would be another than for whole ones."""
-    net, small = model(inputs, classes), resized(inputs, classes, model, resize).state_dict()
-    for name, t in net.state_dict().items():
-        if small[name].shape != t.shape:
-            raise PlanError(
-                f"progressive_resize keeps the network while images grow, but of {name} the shape depends on their "
-                "size: choose a model with global pooling"
-            )
-    return net
+def for_any_size(inputs: tuple[int, ...], classes: int, model: ModelSpec, resize: Resize) -> Net:
+    """The model for whole images. Raises PlanError if it cannot take resized ones."""
+    import torch
+
+    net, shape = model(inputs, classes), resize.shape(inputs)
+    try:
+        with torch.no_grad():
+            net.eval()(torch.zeros(1, *shape))
+    except RuntimeError as error:
+        raise PlanError(
+            f"progressive_resize keeps the network while images grow, but it cannot take images of shape {shape}: "
+            "choose a model with global pooling, or a larger scale"
+        ) from error
+    return net.train()
