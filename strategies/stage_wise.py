@@ -154,9 +154,10 @@ def _with(old: Any, name: str, **values: float) -> Any:
 
 
 def listed(model: ModelSpec) -> int | None:
-    """How many stages the model's option `stages` lists, one entry for each stage of its network; None without one."""
+    """How many stages the model's option `stages` lists, a text or number for each stage of its network; None without one."""
     stages = dict(model.options).get("stages")
-    return len(stages) if isinstance(stages, Sequence) else None
+    lists = isinstance(stages, Sequence) and all(isinstance(stage, str | int) for stage in stages)
+    return len(stages) if lists else None
 
 
 def first(model: ModelSpec, count: int | None) -> ModelSpec:
