@@ -109,6 +109,8 @@ class StageWise(Strategy):
             raise PlanError(
                 f"stage_wise: {', '.join(stated)} of parts that have phases of their own: put stage_wise first"
             )
+        if any(phase.model != plan.phases[0].model for phase in plan.phases):
+            raise PlanError("stage_wise cuts one network, but the plan has several: leave out what changes the network")
         if self.unsupervised >= parts:
             raise PlanError(f"stage_wise: unsupervised is {self.unsupervised}, expected less than its {parts} parts")
         if self.head == "own" and parts > 1 and listed(plan.phases[0].model) is None:
@@ -156,8 +158,9 @@ def _with(old: Any, name: str, **values: float) -> Any:
 def listed(model: ModelSpec) -> int | None:
     """How many stages the model's option `stages` lists, a text or number for each stage of its network; None without one."""
     stages = dict(model.options).get("stages")
-    lists = isinstance(stages, Sequence) and all(isinstance(stage, str | int) for stage in stages)
-    return len(stages) if lists else None
+    if not isinstance(stages, Sequence) or not all(isinstance(stage, str | int) for stage in stages):
+        return None
+    return len(stages)
 
 
 def first(model: ModelSpec, count: int | None) -> ModelSpec:

@@ -474,6 +474,12 @@ def test_networks_that_cannot_be_cut_are_told() -> None:
             network(plan(build, cuts=cuts), 0)
 
 
+def test_a_plan_of_several_networks_is_told() -> None:
+    one, other = plan().phases[0], plan(convolved).phases[0]
+    with pytest.raises(PlanError, match="cuts one network"):
+        StageWise(cuts=[1]).edit(Plan((one, other)))
+
+
 def test_rates_and_decay_of_another_optimizer_are_told() -> None:
     with pytest.raises(PlanError, match="put stage_wise before"):
         StageWise(cuts=[1], weight_decay=[0.1, 0.1]).edit(Lars().edit(plan()))
