@@ -111,7 +111,7 @@ class Shards:
         self.net: nn.Module = engine.module
         self.groups = groups
         self.index = {p: i for i, p in enumerate(p for group in groups for p in group)}
-        self.hooks = getattr(self.zero, "parameter_offload", None)  # at stage 3, which spreads weights
+        self.hooks: Any = getattr(self.zero, "parameter_offload", None)  # at stage 3, which spreads weights
         self.whole = False  # the weights, where they are spread
         self.state: dict[int, dict[str, Any]] | None = None  # of the optimizer, by index of the parameter; None: spread
 
