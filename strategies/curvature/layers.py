@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import batch_norm, pad
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -189,21 +189,13 @@ class NormLayer:
 
         The normalised input is made anew from the input: the output gives none where the scale is zero.
         """
-        x, grad = (t.flatten(2) if t.ndim > 2 else t[..., None] for t in (x, grad))
-        mean, rstd = self._statistics(x)
-        shift = grad.sum(2, dtype=mean.dtype)
-        scale = ((x * grad).sum(2, dtype=mean.dtype) - mean * shift) * rstd
-        trained = {id(self.module.weight): scale, id(self.module.bias): shift}
-        return torch.stack([trained[id(p)] for p in self.parameters], -1)
-
-    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(channels,) mean and 1 / standard deviation by which the module has normalised (n, channels, positions)."""
         module = self.module
-        mean, variance = module.running_mean, module.running_var
-        if module.training or mean is None or variance is None:
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            variance, mean = torch.var_mean(x.to(dtype), (0, 2), correction=0)
-        return mean, (variance + module.eps).rsqrt()
+        kept = None if module.training else module.running_mean, None if module.training else module.running_var
+        normal = batch_norm(x, *kept, training=kept[0] is None, eps=module.eps)
+        positions, dtype = tuple(range(2, x.ndim)), torch.promote_types(x.dtype, torch.float32)
+        each = {id(module.weight): normal * grad, id(module.bias): grad}
+        sums = [each[id(p)] for p in self.parameters]
+        return torch.stack([t.sum(positions, dtype=dtype) if positions else t.to(dtype) for t in sums], -1)
 
     def matrix(self) -> Tensor:
         """(channels, 1 or 2): the gradients in p.grad."""

@@ -232,6 +232,15 @@ def test_parts_of_a_batch_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(close(a, b) for a, b in zip(parts, whole, strict=True))
 
 
+def test_a_batch_norm_that_does_not_train_normalises_by_what_it_keeps() -> None:
+    norm = nn.BatchNorm1d(2).double().eval()
+    norm.running_mean.copy_(torch.tensor([1.0, -2.0]))  # type: ignore[union-attr]
+    (layer,), x, grad = served(nn.Sequential(norm)), randn(4, 2), randn(4, 2)
+    assert isinstance(layer, NormLayer)
+    normal = (x - torch.tensor([1.0, -2.0])) / (1 + norm.eps) ** 0.5
+    assert close(layer.gradients(x, grad), torch.stack([grad * normal, grad], -1))
+
+
 # -------------------------------------------------------------------------------------------------------------- inverses
 
 
