@@ -139,9 +139,9 @@ def mean(c: Comparison) -> str:
 
 
 def interval(c: Comparison) -> str | None:
-    """`[-1.4, -0.2]` in the unit of the mean; an open end is left empty."""
-    low, high = (_number(c, end) if math.isfinite(end) else "" for end in (c.found.low, c.found.high))
-    return f"[{low}, {high}]" if low or high else None
+    """`[-1.4, -0.2]` in the unit of the mean; an open end is `..`."""
+    low, high = (_number(c, end) if math.isfinite(end) else ".." for end in (c.found.low, c.found.high))
+    return f"[{low}, {high}]" if (low, high) != ("..", "..") else None
 
 
 def _amount(c: Comparison, value: float) -> str:

@@ -49,10 +49,14 @@ def arm_profiles(summary: Summary) -> list[Profile]:
     trials = [[of[workload] for workload in shared] for of in arms.values()]
     steps, examples = _ratios(trials, steps_to_target), _ratios(trials, _examples_to_target)
     means, solved = mean_ratio(steps)
-    columns = score(steps).tolist(), score(examples).tolist(), means.tolist()
+    ids = [tuple(t.trial for t in own) for own in trials]
+    reached = np.isfinite(steps).sum(axis=1).tolist()
+    columns = (score(steps).tolist(), score(examples).tolist(), means.tolist())
     return [
-        Profile(arm, tuple(t.trial for t in own), sum(map(math.isfinite, s)), tuple(s), tuple(e), *rest, solved)
-        for arm, own, s, e, *rest in zip(arms, trials, steps.tolist(), examples.tolist(), *columns, strict=True)
+        Profile(arm, own, n, tuple(s), tuple(e), by_steps, by_examples, mean, solved)
+        for arm, own, n, s, e, by_steps, by_examples, mean in zip(
+            arms, ids, reached, steps.tolist(), examples.tolist(), *columns, strict=True
+        )
     ]
 
 

@@ -51,12 +51,12 @@ def noise_scale(summary: Summary) -> Figure | None:
 
 
 def _limits(summary: Summary, curves: Sequence[NoiseCurve]) -> tuple[float, float]:
-    """Of the values and of those ends that are within a factor of ten of them: open bands leave the figure."""
+    """Of the values and of those ends that are within a factor of three of them: open bands leave the figure."""
     ratios = [s.scale for c in curves for s in c.stretches]
     values = [r.value for r in ratios if math.isfinite(r.value)]
     values += [law.fit.law.critical for law in summary.laws.values() if law.identified]
     low, high = min(values), max(values)
-    ends = [end for r in ratios for end in (r.low, r.high) if low / 10 < end < high * 10]
+    ends = [end for r in ratios for end in (r.low, r.high) if low / 3 < end < high * 3]
     return min([low, *ends]) / 1.3, max([high, *ends]) * 1.3
 
 

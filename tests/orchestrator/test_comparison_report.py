@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from orchestrator import recipe
 from orchestrator.batch_law.law import Law
+from orchestrator.driver import drive
 from orchestrator.report import figures_comparison
 from orchestrator.report.arm_pairs import pairs_note, pairs_table, sentences
 from orchestrator.report.arm_profiles import profiles_caption, profiles_table
@@ -21,6 +23,7 @@ from orchestrator.report.noise_scales import noise_caption, noise_table
 from orchestrator.report.summary import Summary, summarise
 from orchestrator.report.tables import Table
 from orchestrator.report.tuning_budgets import budgets_caption
+from orchestrator.study import Study
 from tests.orchestrator.made_study import MadeStudy
 
 INF = math.inf
@@ -289,12 +292,41 @@ def test_a_budget_without_a_target_counts_metrics(tmp_path):
 def test_points_chosen_by_results_have_no_random_budget(tmp_path):
     made = MadeStudy(tmp_path / "s")
     search(made, "sgd", [10, 20, 30])
-    recipe = """
+    text = """
     study: s
     workload: {data: digits, model: {mlp: {}}}
     base: {epochs: 1, batch: 64}
     search: {space: {base.rate.peak: {log_uniform: [0.01, 1]}}, points: 3, method: {optuna: {}}}
     arms: {sgd: {}}
     """
-    (made.path / "resolved.yaml").write_text(recipe)
+    (made.path / "resolved.yaml").write_text(text)
     assert told(made)["budgets"] == []
+
+
+# ------------------------------------------------------------------------------------------------------------- end to end
+
+MEASURED = """
+study: measured
+workload: {data: digits, model: {mlp: {width: 8, depth: 1}}, evaluate: {epochs: 1}}
+engine: solo
+cluster: {launcher: solo}
+base: {epochs: 0.5, batch: 32, micro_batch: 8}
+strategies: [noise_scale]
+log_steps: 3
+"""
+
+
+def test_a_study_that_measures_noise_reports_it(tmp_path):
+    """By hand from its rows: each counts by its examples, trace and signal are averaged apart."""
+    (tmp_path / "recipe.yaml").write_text(MEASURED)
+    assert drive(Study(recipe.load(tmp_path / "recipe.yaml", ()), MEASURED, tmp_path / "runs")) == 0
+    (file,) = (tmp_path / "runs").glob("measured/trials/*/metrics.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    sums, before = [0.0, 0.0], 0
+    for line in lines:
+        for i, name in enumerate(("train_noise_trace", "train_noise_signal")):
+            sums[i] += line[name] * (line["examples"] - before)
+        before = line["examples"]
+    (curve,) = json.loads((tmp_path / "runs" / "measured" / "evidence.json").read_text())["noise_scale"]
+    assert curve["whole"]["value"] == pytest.approx(sums[0] / sums[1]) and curve["whole"]["rows"] == len(lines)
+    assert curve["trials"] == [file.parent.name]

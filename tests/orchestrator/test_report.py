@@ -52,7 +52,7 @@ def test_headlines_of_a_whole_study(study):
         "batch; medians of 3 seeds, ranges 276-319 and 38-44); scaling stays within 20 % of perfect up to batch 128. Its "
         "critical batch size is 580 (95 % interval 180-3300). adamw missed the target in 2 of 3 seeds at batch 1437 within "
         "its budget of 20 epochs.",
-        "adamw - sgd at batch 1437: steps to target at least +19 % [-8, ] (2 of adamw missed the target), p 0.25 after "
+        "adamw - sgd at batch 1437: steps to target at least +19 % [-8, ..] (2 of adamw missed the target), p 0.25 after "
         "Holm; final test accuracy 0 points in each seed; 3 seeds.",
         "At batch 1437, only sgd reaches the target in the median (hits: sgd 3 of 3 and adamw 1 of 3). Their ranges overlap, "
         "so neither is called faster.",
