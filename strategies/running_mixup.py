@@ -40,10 +40,11 @@ class RunningMixup:
 
 def _sum(weights: Tensor, parts: Sequence[Tensor]) -> Tensor:
     """Each part (n, ...) times its row of the weights (parts, n), in sum."""
-    first, *rest = (w.view(-1, *[1] * (part.ndim - 1)) * part for w, part in zip(weights, parts, strict=True))
-    for product in rest:
-        first += product
-    return first
+    columns = [w.view(-1, *[1] * (part.ndim - 1)) for w, part in zip(weights, parts, strict=True)]
+    total = columns[0] * parts[0]
+    for w, part in zip(columns[1:], parts[1:], strict=True):
+        total.addcmul_(w, part)
+    return total
 
 
 @lru_cache(maxsize=2)  # of the step's other micro-batches
