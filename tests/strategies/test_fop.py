@@ -140,8 +140,11 @@ def half(net: Net, examples: list[int]) -> dict[str, Tensor]:
     return dict(zip(dict(net.named_parameters()), torch.autograd.grad(loss, list(net.parameters())), strict=True))
 
 
-@pytest.mark.parametrize(("micro", "first"), [(6, 6), (5, 7), (4, 8)])
-def test_a_step_is_the_formula_of_even_and_odd_micro_batches(micro: int, first: int) -> None:
+@pytest.mark.parametrize(
+    ("micro", "first", "options"),
+    [(6, 6, {}), (5, 7, {"strength": 0.5, "layer_steps": False}), (4, 8, {"strength": 2.0})],
+)
+def test_a_step_is_the_formula_of_even_and_odd_micro_batches(micro: int, first: int, options: dict[str, Any]) -> None:
     """With the mean over the batch for g, layer by layer, on one worker; 12 = 5 + 5 + 2 = 4 + 4 + 4."""
     torch.manual_seed(0)
     net = tiny_net((WIDTH,), CLASSES).double()
@@ -150,7 +153,7 @@ def test_a_step_is_the_formula_of_even_and_odd_micro_batches(micro: int, first: 
     assert len(halves[0]) == first
     (g1, g2), g = (half(net, examples) for examples in halves), half(net, list(range(12)))
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    learner: Any = plan().phases[0].learner
+    learner: Any = plan(**options).phases[0].learner
     state = learner.init(net, make_worker("solo", {}, "fp64", 0, 1, torch.device("cpu")))
     learner.step(state, [Blobs().train(*part) for part in parts], Clock(0, 10, 0.0, 0.25, 12, seed=0))
     curvature = next(own.live.curvature for own in state.saved["updates"] if isinstance(own.live, Halves))
@@ -158,7 +161,7 @@ def test_a_step_is_the_formula_of_even_and_odd_micro_batches(micro: int, first: 
         inverse = {part: curvature.kept[f"{own.layer.name}/{part}"] for part in own.inverses}
         names = [f"{own.layer.name}.weight", f"{own.layer.name}.bias"]
         mean, difference = (own.layer.join([t[name] for name in names]) for t in (g, {n: g1[n] - g2[n] for n in g}))
-        shares = combination(own, inverse, mean, difference, DAMPING)
+        shares = combination(own, inverse, mean, difference, DAMPING, **options)
         assert abs(shares[1]) > 1e-3
         natural = own.apply(inverse, shares[0] * mean + shares[1] * difference, DAMPING)
         for name, step in zip(names, own.layer.split(natural), strict=True):

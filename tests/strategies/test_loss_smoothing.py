@@ -298,6 +298,14 @@ def test_smoothing_is_annealed() -> None:
     assert constant.alpha(clock(99)) == 0.4
 
 
+def test_options_arrive_where_they_act() -> None:
+    holes = {"erase": 0.5, "erase_area": 0.1, "erase_aspect": 0.8}
+    noise = {"sigma": 0.2, "relative": False, "draws": 3, "antithetic": True}
+    phase: Any = LossSmoothing(alpha=0, **holes, **noise).edit(baseline()).phases[0]  # type: ignore[arg-type]
+    assert phase.maps == (Erase(always(0.5), 0.1, 0.8),)
+    assert phase.learner.gradient == WeightNoise(one_forward_one_backward, always(0.2), 3, True, False)
+
+
 def test_what_is_not_asked_for_is_not_there() -> None:
     assert LossSmoothing(alpha=0).edit(baseline()) == baseline()
     assert LossSmoothing(alpha=0, sigma=0.1).edit(baseline()).needs == Need.OPEN_MODEL
