@@ -55,6 +55,9 @@ class Update:
         """The rate of this step, where it is not the schedule's; asked for when all have changed the gradients."""
         return None
 
+    def at_rate(self, state: State, rate: float) -> None:
+        """All have changed the gradients, and the step will be taken at this rate: for what follows both."""
+
     def ended(self, state: State) -> bool:
         """Whether the phase ends with this step, before all of its steps are taken; alike on all ranks."""
         return False
@@ -181,7 +184,10 @@ class Backprop:
             for update, own in pairs:
                 update.before(own, clock)
             rates = [rate for update, own in pairs if (rate := update.rate(own, self.rate, clock)) is not None]
-            _set_rate(live.optimizer, rates[0] if rates else self.rate(clock))
+            rate = rates[0] if rates else self.rate(clock)
+            for update, own in pairs:
+                update.at_rate(own, rate)
+            _set_rate(live.optimizer, rate)
 
         def after() -> None:
             for update, own in pairs:

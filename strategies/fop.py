@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from strategies.backprop import Backprop, Gradient, Step, amend
-from strategies.contract import Clock, Need, Phase, Plan, PlanError, Schedule, State, Strategy, Worker, option
-from strategies.natural_gradient import Precondition
+from strategies.contract import Clock, Need, Phase, Plan, PlanError, State, Strategy, Worker, option
+from strategies.curvature.precondition import Precondition
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,12 +68,6 @@ class Project(Precondition):
         halves.curvature.refresh(clock)
         halves.project(clock, self.fop.strength, self.fop.layer_steps)
         halves.curvature.precondition(clock)
-
-    def rate(self, state: State, schedule: Schedule, clock: Clock) -> None:
-        Precondition.rate(self, _inner(state), schedule, clock)
-
-    def settle(self, state: State) -> None:
-        Precondition.settle(self, _inner(state))
 
 
 def _inner(state: State) -> State:

@@ -82,9 +82,7 @@ class Precondition(Update):
         curvature.refresh(clock)
         curvature.precondition(clock)
 
-    def rate(self, state: State, schedule: Schedule, clock: Clock) -> None:
-        """The rate is the schedule's; by it, the step is bounded."""
-        rate = schedule(clock)
+    def at_rate(self, state: State, rate: float) -> None:
         if self.options.kl_clip and rate:
             state.saved["curvature"].clip(self.options.kl_clip / rate**2)
 
