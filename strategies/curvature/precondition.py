@@ -6,8 +6,8 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from strategies.backprop import Gradient, Step, Update
-from strategies.contract import Clock, Metrics, Need, Schedule, State, Worker
+from strategies.backprop import Backprop, Gradient, Step, Update
+from strategies.contract import Clock, Metrics, Need, PlanError, Schedule, State, Worker
 from strategies.curvature.refresh import Refresh
 
 if TYPE_CHECKING:
@@ -68,6 +68,10 @@ class Precondition(Update):
     options: Options
     needs = Need.LAYER_GRADS
     turn = 1
+
+    def suits(self, learner: Backprop) -> None:
+        if sum(update.turn == self.turn for update in learner.updates) > 1:
+            raise PlanError("natural_gradient preconditions gradients, and so does another method here: leave one out")
 
     def init(self, net: Net, worker: Worker) -> State:
         from strategies.curvature.estimate import Curvature

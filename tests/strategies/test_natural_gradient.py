@@ -328,6 +328,12 @@ def test_batch_norms_take_part() -> None:
     assert {"stages.0.1/f_inverse", "stages.0.0/a_inverse"} <= curvature.kept.keys()
 
 
+def test_gradients_are_preconditioned_once() -> None:
+    once = NaturalGradient().edit(baseline())
+    with pytest.raises(PlanError, match="leave one out"):
+        NaturalGradient(damping=1.0).edit(once)
+
+
 # ------------------------------------------------------------------------------------------------------------ shared out
 
 FRACTIONS = (0.25, 0.5, 1.0)  # of 4 workers
