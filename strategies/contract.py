@@ -294,7 +294,8 @@ class Plan:
 
 
 def option(default: Any, doc: str, **limits: float) -> Any:
-    """A strategy's option with its meaning and range (`ge`, `gt`, `le`, `lt`), which recipe and constructor enforce."""
+    """A strategy's option with its meaning and range (`ge`, `gt`, `le`, `lt`), of each number in a list, which recipe and
+    constructor enforce."""
     return field(default=default, metadata={"doc": doc, "limits": limits})
 
 
@@ -323,6 +324,7 @@ class Strategy(ABC):
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
+            each = value if isinstance(value, list | tuple) else (value,)
             for kind, bound in f.metadata.get("limits", {}).items():
-                if value is not None and BEYOND[kind](value, bound):
+                if any(v is not None and BEYOND[kind](v, bound) for v in each):
                     raise PlanError(f"{type(self).__name__}: {f.name} is {value}, expected {SIGNS[kind]} {bound}")

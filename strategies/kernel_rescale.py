@@ -31,15 +31,19 @@ KERNELS = ("kernel", "kernels", "stem")
 @dataclass(frozen=True, slots=True)
 class KernelRescale(Strategy):
     shares: list[float] = option(
-        (0.3,), "share of the epochs of each phase before the last, each > 0, together < 1; empty: no such phase"
+        (0.3,),
+        "share of the epochs of each phase before the last, less than 1 in all; empty: no such phase",
+        gt=0,
+        lt=1,
     )
     kernels: list[int] = option(
         (3,),
-        "side of the model's largest kernel in each of these phases, growing; its others follow in proportion, to the "
+        "odd side of the model's largest kernel in each of these phases, growing; its others follow in proportion, to the "
         "nearest odd side of 3 or more",
+        ge=3,
     )
     scales: list[float] | None = option(
-        None, "side of the images of each of these phases over that of whole ones, in (0, 1]; none: as the kernels'"
+        None, "side of the images of each of these phases over that of whole ones; none: as the kernels'", gt=0, le=1
     )
     interpolation: Interpolation = option(
         "bilinear", "of kernels, between centres of taps; nearest: only exact, but then wholly, for whole factors"
@@ -61,16 +65,13 @@ class KernelRescale(Strategy):
 
     def __post_init__(self) -> None:
         Strategy.__post_init__(self)
-        shares, kernels, scales = list(self.shares), list(self.kernels), list(self.scales or ())
-        for name, values, right, expected in (
-            ("shares", shares, min(shares, default=1) > 0 and sum(shares) < 1, "shares above 0, less than 1 in all"),
-            ("kernels", kernels, all(side >= 3 and side % 2 for side in kernels), "odd sides of 3 or more"),
-            ("scales", scales, all(0 < scale <= 1 for scale in scales), "numbers above 0, up to 1"),
-        ):
-            if not right:
-                raise PlanError(f"KernelRescale: {name} is {values}, expected {expected}")
-            if shares and len(values) != len(shares) and getattr(self, name) is not None:
-                raise PlanError(f"KernelRescale: {name} is {values}, expected as many entries as shares, {len(shares)}")
+        if sum(self.shares) >= 1:
+            raise PlanError(f"KernelRescale: shares are {list(self.shares)}, expected less than 1 in all")
+        if not all(side % 2 for side in self.kernels):
+            raise PlanError(f"KernelRescale: kernels are {list(self.kernels)}, expected odd sides")
+        for name, values in (("kernels", self.kernels), ("scales", self.scales)):
+            if self.shares and values is not None and len(values) != len(self.shares):
+                raise PlanError(f"KernelRescale: {name} are {list(values)}, expected {len(self.shares)}, one per share")
 
     def edit(self, plan: Plan) -> Plan:
         if not self.shares:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from functools import reduce
 from operator import or_
 from types import GenericAlias, NoneType
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
@@ -87,11 +87,15 @@ def options_of(strategy: type[Strategy]) -> type[Model]:
 
 def _limited(hint: Any, limits: Mapping[str, Any]) -> Any:
     """`hint` with the limits on each number in it, and whole floats taken for integers."""
-    members: list[Any] = [_limited_number(b, limits) if b in (int, float) else b for b in branches(hint)]
+    members: list[Any] = [_limited_branch(branch, limits) for branch in branches(hint)]
     return reduce(or_, members + [None] * (NoneType in get_args(hint)))
 
 
-def _limited_number(kind: type, limits: Mapping[str, Any]) -> Any:
+def _limited_branch(kind: Any, limits: Mapping[str, Any]) -> Any:
+    if get_origin(kind) is list:
+        return GenericAlias(list, (_limited(get_args(kind)[0], limits),))
+    if kind not in (int, float):
+        return kind
     if kind is int:
         return Annotated[int, Field(**{"le": LARGEST, **limits}), WHOLE]
     return Annotated[float, Field(**limits)] if limits else float

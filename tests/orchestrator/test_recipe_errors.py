@@ -11,7 +11,7 @@ from orchestrator.recipe import Recipe, RecipeError
 from orchestrator.recipe.load import loads
 
 NAME = "a name of letters, digits, '_', '.' and '-', at most 64, the first a letter or digit"
-MODELS = "mlp, small_cnn, resnet, vgg, airbench, import"
+MODELS = "mlp, small_cnn, resnet, vgg, airbench, plain_cnn, overfeat, small_overfeat, alexnet, convnext, import"
 UNIT = "expected exactly one of base.epochs, base.steps, got"
 GOOD = """\
 study: s

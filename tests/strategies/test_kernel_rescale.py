@@ -135,11 +135,13 @@ def test_resizing() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shares": [0.5, 0.5], "kernels": [3, 5]}, "shares is .*, expected shares above 0, less than 1 in all"),
-        ({"shares": [0.3], "kernels": [3, 5]}, "kernels is .3, 5., expected as many entries as shares, 1"),
-        ({"kernels": [4]}, "kernels is .4., expected odd sides of 3 or more"),
-        ({"scales": [1.5]}, "scales is .1.5., expected numbers above 0, up to 1"),
-        ({"scales": []}, "scales is .., expected as many entries as shares, 1"),
+        ({"shares": [0.5, 0.5], "kernels": [3, 5]}, "shares are .0.5, 0.5., expected less than 1 in all"),
+        ({"shares": [0.0]}, "shares is .0.0., expected > 0"),
+        ({"shares": [0.3], "kernels": [3, 5]}, "kernels are .3, 5., expected 1, one per share"),
+        ({"kernels": [4]}, "kernels are .4., expected odd sides"),
+        ({"kernels": [1]}, "kernels is .1., expected >= 3"),
+        ({"scales": [1.5]}, "scales is .1.5., expected <= 1"),
+        ({"scales": []}, "scales are .., expected 1, one per share"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
