@@ -6,11 +6,12 @@ matrices it is P_out Y'X P_in, so that the mean gradient is preconditioned as it
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ NEWEST = 0.9  # largest share of the newest batch in a factor
 WIDEST = 4096  # columns of a side, up to which X'X of the first batch is held whole
 
 Affine: TypeAlias = LinearLayer | ConvLayer
-FIELDS = ("q", "d", "rho")
+Fields: TypeAlias = dict[str, Any]
+"""A factor as it is saved: q, d, rho, and how many batches it has met."""
 
 
 @dataclass(slots=True)
@@ -53,7 +55,10 @@ class Tally:
 
 
 class Preconditioner:
-    """Keeps its factors in `state.saved`, by layer and side: "in" for inputs, "out" for output gradients."""
+    """Keeps its factors in `state.saved`, by layer and side: "in" for inputs, "out" for output gradients.
+
+    Each counts the batches that it has met, so that one that is made anew alone begins like any other.
+    """
 
     def __init__(self, net: Net, worker: Worker, options: NgSgd, state: State):
         self.worker, self.options, self.state = worker, options, state
@@ -65,31 +70,27 @@ class Preconditioner:
         self.watching = ExitStack()
         self.watching.enter_context(watched(with_rows, self._see))
 
-    def _starts(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def _starts(self) -> Iterator[tuple[str, Fields]]:
         for layer in self.layers:
             weight = layer.weight.detach()
             out, width = layer.join([p.detach() for p in layer.parameters]).shape[1:]
-            yield side_of(layer, "in"), _fields(start(width, self.options.rank_in, weight))
-            yield side_of(layer, "out"), _fields(start(out, self.options.rank_out, weight))
+            yield side_of(layer, "in"), _fields(start(width, self.options.rank_in, weight), 0)
+            yield side_of(layer, "out"), _fields(start(out, self.options.rank_out, weight), 0)
 
     # ------------------------------------------------------------------------------------------------------- rows
 
-    @property
-    def steps(self) -> int:
-        return self.state.saved["steps"]
+    def _fields(self, side: str) -> Fields:
+        return self.state.saved["factors"][side]
 
-    @property
-    def updates(self) -> bool:
-        """Whether this step updates factors."""
-        return self.steps < ALWAYS or (self.steps + 1 - ALWAYS) % self.options.update_period == 0
-
-    def _factor(self, side: str) -> Factor:
-        return Factor(**self.state.saved["factors"][side])
+    def _due(self, side: str) -> bool:
+        """Whether this batch updates the factor."""
+        batches = self._fields(side)["batches"]
+        return batches < ALWAYS or (batches + 1 - ALWAYS) % self.options.update_period == 0
 
     def _see(self, layer: AnyLayer, inputs: list[Tensor], grads: list[Tensor]) -> None:
         assert not isinstance(layer, NormLayer)
         for x, grad in zip(inputs, grads, strict=True):
-            for rows in rows_of(layer, x, grad, mix("positions", layer.name, self.steps)):
+            for rows in rows_of(layer, x, grad, mix("positions", layer.name, self.state.saved["steps"])):
                 self._add(side_of(layer, "in"), rows.inputs.to(layer.weight.dtype), rows.samples)
                 self._add(side_of(layer, "out"), rows.outputs.to(layer.weight.dtype), rows.samples)
 
@@ -98,15 +99,16 @@ class Preconditioner:
 
     def _probe(self, side: str) -> Tensor | None:
         """What products are taken with; None: X'X is wanted whole, since a factor's first updates all use one batch."""
-        q = self._factor(side).q
-        return q if self.steps or q.shape[1] > WIDEST or not len(q) else None
+        fields = self._fields(side)
+        q = fields["q"]
+        return q if fields["batches"] or q.shape[1] > WIDEST or not len(q) else None
 
     def _tally(self, side: str) -> Tally:
         if side not in self.tallies:
-            factor = self._factor(side)
-            rank, width = factor.q.shape
-            shape = (width, width) if self._probe(side) is None else (rank, width) if self.updates else (rank,)
-            self.tallies[side] = Tally(factor.d.new_zeros(3), factor.d.new_zeros(shape))
+            fields = self._fields(side)
+            rank, width = fields["q"].shape
+            shape = (width, width) if self._probe(side) is None else (rank, width) if self._due(side) else (rank,)
+            self.tallies[side] = Tally(fields["d"].new_zeros(3), fields["d"].new_zeros(shape))
         return self.tallies[side]
 
     def _collect(self) -> dict[str, Tally]:
@@ -146,21 +148,22 @@ class Preconditioner:
         tally = found.get(side)
         sums = tally.sums(scale) if tally else self._of_gradient(side, matrix * batch)
         eta = self._eta(tally.head[0] if tally else None)
-        factor, alpha = self._factor(side), self.options.alpha
+        fields, alpha = self._fields(side), self.options.alpha
+        factor, batches = _factor(fields), fields["batches"]
         if self._probe(side) is None:
             factor = first(factor, sums, eta)
             sums = onto(factor, sums)
-        elif not self.steps:  # too wide a side: its factor knows nothing yet
+        elif not batches:  # too wide a side: its factor knows nothing yet
             alpha = inf
         result = factor.reduce(matrix, alpha), factor.scale(sums, alpha)
-        if self.updates:
-            self.state.saved["factors"][side] = _fields(factor.updated(sums, eta))
+        new = factor.updated(sums, eta) if self._due(side) else factor
+        self.state.saved["factors"][side] = _fields(new, batches + 1)
         return result
 
     def _of_gradient(self, side: str, matrix: Tensor) -> Sums:
         """Of a convolution that is no affine layer: the rows of its gradient."""
         rows = matrix.flatten(0, 1)
-        square, products = of_rows(rows, self._probe(side), self.updates)
+        square, products = of_rows(rows, self._probe(side), self._due(side))
         return Sums(square.new_tensor(len(rows)).double(), square.double(), products.double())
 
     def _eta(self, samples: Tensor | None) -> float | Tensor:
@@ -179,18 +182,22 @@ class Preconditioner:
         tables = gathered(list(tensors_in(own)), worker)
         copies = []
         for rank in range(worker.size):
-            copies.append({side: {name: t.clone() for name, t in fields.items()} for side, fields in own.items()})
+            copies.append(copy.deepcopy(own))
             scatter_(tables, list(tensors_in(copies[-1])), rank)
-        for side in own:
-            own[side] = _fields(merged([Factor(**copy[side]) for copy in copies]))
+        for side, fields in own.items():
+            own[side] = _fields(merged([_factor(one[side]) for one in copies]), fields["batches"])
 
 
 def side_of(layer: Affine, end: str) -> str:
     return f"{layer.name}.{end}"
 
 
-def _fields(factor: Factor) -> dict[str, Tensor]:
-    return {name: getattr(factor, name) for name in FIELDS}
+def _fields(factor: Factor, batches: int) -> Fields:
+    return {"q": factor.q, "d": factor.d, "rho": factor.rho, "batches": batches}
+
+
+def _factor(fields: Fields) -> Factor:
+    return Factor(fields["q"], fields["d"], fields["rho"])
 
 
 def has_rows(layer: Affine) -> bool:

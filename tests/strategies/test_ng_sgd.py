@@ -179,6 +179,27 @@ def test_factors_are_updated_at_ten_steps_and_then_in_periods() -> None:
     assert [step for step, was in enumerate(updated) if was] == [*range(10), 13, 17]
 
 
+def test_a_factor_that_is_made_anew_begins_like_any_other() -> None:
+    """As that of inputs is, where kernels grow: by three updates on its first batch, the others going on."""
+    net = tiny_net((WIDTH,), CLASSES).double()
+    own = learner({"rank_in": 3, "rank_out": 0, "history_batches": 3})
+    state = own.init(net, SOLO)
+    index = [type(update).__name__ for update in own.updates].index("Precondition")
+    factors = state.saved["updates"][index].saved["factors"]
+    fresh = dict(factors["stages.0.0.in"])
+    for step in range(3):
+        if step == 2:
+            factors["stages.0.0.in"] = fresh
+            twin = tiny_net((WIDTH,), CLASSES).double()
+            twin.load_state_dict(net.state_dict())
+        batch = Blobs().train(12 * step, 12 * step + 12)
+        own.step(state, [batch], Clock(step, 3, 0.0, 0.1, 12, 0))
+    (x, y), _ = linear_rows(twin, batch)
+    step_taken = twin.stages[0][0].weight - net.stages[0][0].weight  # type: ignore[index]
+    assert torch.allclose(step_taken, (y.T @ dense(x, begun(x, 3, 1 / 3)))[:, :-1] / 12, rtol=1e-9, atol=1e-12)
+    assert [factors[side]["batches"] for side in ("stages.0.0.in", "head.in")] == [1, 3]
+
+
 def test_max_change_bounds_each_layer_then_all_and_else_changes_nothing() -> None:
     net = tiny_net((WIDTH,), CLASSES).double()
     for update, wanted in (
