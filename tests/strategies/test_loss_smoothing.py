@@ -148,7 +148,7 @@ def noisy(sigma: float, draws: int = 1, antithetic: bool = False, relative: bool
 
 def test_a_quadratic_is_lifted_by_its_trace_and_keeps_its_gradient() -> None:
     """E L(w + u) = L + sigma^2 tr(H) / 2, E grad = Hw, within three standard errors."""
-    net, sigma, n = Quadratic(), 0.3, 4000
+    net, sigma, n = Quadratic(), 0.3, 1500
     loss = noisy(sigma, draws=n)(step(net, clock()))
     hessian, w = net.hessian, net.w.detach()
     lifted = 0.5 * w @ hessian @ w + sigma**2 / 2 * hessian.trace()
