@@ -144,7 +144,7 @@ def test_a_resolved_recipe_says_the_same(path: Path) -> None:
 def test_resolved_fills_in_defaults_and_leaves_out_nothing_else() -> None:
     data = resolved(recipe())
     assert data["workload"]["model"] == {"mlp": {"width": 128, "depth": 3}}
-    ddp = {"find_unused_parameters": False, "bucket_mib": "auto", "compression": {"none": {}}}
+    ddp = {"find_unused_parameters": False, "bucket_mib": "auto", "compression": {"none": {}}, "share_memory": True}
     assert data["engine"] == {"ddp": ddp} and data["log_steps"] == 50
     assert data["strategies"] == [{"label_smoothing": {"amount": 0.1}}]
     assert data["arms"]["plain"] == {"strategies": [], "base": {}}
