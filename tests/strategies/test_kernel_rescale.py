@@ -12,6 +12,7 @@ from torch import nn
 
 from orchestrator.recipe.workload_schema import Interval, Network
 from orchestrator.workloads import build_network
+from strategies import CATALOGUE
 from strategies.backprop import amend
 from strategies.batch_growth import BatchGrowth
 from strategies.contract import Batch, Clock, ModelSpec, Phase, Plan, PlanError
@@ -21,7 +22,7 @@ from strategies.net import Net
 from strategies.progressive_resize import ProgressiveResize
 from strategies.rate import Constant, Cosine, Rate, Steps
 from strategies.resizing import Continued, Resize
-from tests.strategies.cases import with_large_kernels, with_step_decay
+from tests.strategies.cases import CASES, with_large_kernels, with_step_decay
 from tests.strategies.harness import IMAGES, Blobs, Trained, baseline, distance, train
 
 CIFAR = (3, 32, 32)
@@ -193,6 +194,24 @@ def trained(directory: Path, net: Any = None, evaluate: int = 4, **options: Any)
 )
 def test_options_act(options: dict[str, Any], tmp_path: Path) -> None:
     assert distance(trained(tmp_path / "a"), trained(tmp_path / "b", **options)) > 1e-6
+
+
+@pytest.mark.parametrize(
+    "name", ["lamb", "lookahead", "natural_gradient", "ng_sgd", "patch_affine", "post_local_sgd", "shampoo", "swa"]
+)
+def test_methods_go_through_the_switch(name: str, tmp_path: Path) -> None:
+    """With what they keep: the first loss behind the switch is near the last before it, and the same in either order."""
+    found = []
+    for order in (0, 1):
+        plan = with_large_kernels(baseline(epochs=4))
+        plan = CASES[name].base(plan) if name == "lamb" else plan
+        edits = [KernelRescale(shares=[0.5], kernels=[3]), CATALOGUE[name](**CASES[name].acts)]
+        for edit in edits[:: 1 if order else -1]:
+            plan = edit.edit(plan)
+        found.append(train(plan, tmp_path / str(order), Blobs(inputs=IMAGES), micro_batch=6))
+    assert distance(*found) < 1e-12
+    losses = [row["train_loss"] for row in found[0].rows]
+    assert abs(losses[8] - losses[7]) < 0.2 and losses[-1] < losses[0]
 
 
 def test_amplitude_acts_in_front_of_norms(tmp_path: Path) -> None:
