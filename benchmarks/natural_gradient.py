@@ -73,7 +73,7 @@ def main(options: Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    parser = common.arguments(__doc__.splitlines()[0], repeats=5)
+    parser = common.arguments(str(__doc__).splitlines()[0], repeats=5)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
