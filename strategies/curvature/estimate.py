@@ -27,6 +27,8 @@ from strategies.curvature.precondition import Options
 from strategies.curvature.refresh import change, next_interval
 from strategies.net import Net
 
+COMPILED = "natural_gradient sees no layer at work: torch.compile hides them, leave speed.compile off"
+
 
 class Curvature:
     """Of the layers of `net` that are served and have no side above `largest`; other parameters are left alone.
@@ -55,6 +57,8 @@ class Curvature:
         self.scale = self.like.new_ones(())  # by which `clip` has multiplied
         if options.inverse == "ekfac" and self.placement.columns > 1:
             raise PlanError("natural_gradient: ekfac needs the bases on all workers: leave gradient_workers at 1")
+        if self.blocks and net._compiled_call_impl is not None:
+            raise PlanError(COMPILED)
         theirs = {id(p) for b in self.blocks.values() for p in b.layer.parameters}
         self.unserved = [name for name, p in net.named_parameters() if p.requires_grad and id(p) not in theirs]
 
@@ -112,7 +116,7 @@ class Curvature:
     def _fold(self, due: Sequence[str], clock: Clock) -> None:
         """This step's sums into the running means, on the owners."""
         if not self.sums:
-            raise PlanError("natural_gradient saw no layer at work: leave speed.compile off, which hides them")
+            raise PlanError(COMPILED)
         owners = {key: self.owner[_layer(key)] for key in due}
         sums = {key: self.sums[key] if key in self.sums else self._zeros(self.shapes[key]) for key in due}
         self.sums = {}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cluster.engines import make_worker
+from kernels.patches import by_patches
+from orchestrator.workloads.models import small_cnn
 from strategies.backprop import Backprop, Step, one_forward_one_backward
 from strategies.contract import Batch, Clock, ModelSpec, Plan, PlanError, State
 from strategies.curvature.estimate import Curvature
@@ -318,8 +320,35 @@ def test_a_layer_that_a_step_passes_by_is_left_alone() -> None:
 
 def test_hidden_layers_are_told_of() -> None:
     _, _, curvature = learner(convolved_net, {})
-    with pytest.raises(PlanError, match=r"saw no layer at work: leave speed\.compile off"):
+    with pytest.raises(PlanError, match=r"sees no layer at work: .* leave speed\.compile off"):
         curvature.refresh(clock())
+    with pytest.raises(PlanError, match=r"leave speed\.compile off"):
+        learner(compiled_net, {})
+    learner(compiled_net, {"largest": 0})
+
+
+def compiled_net(inputs: tuple[int, ...], classes: int) -> Net:
+    net = convolved_net(inputs, classes)
+    net.compile()
+    return net
+
+
+def test_bf16_and_convolutions_by_patches_are_seen() -> None:
+    """Factors of a step in bf16 are those in float32 within a few units of its rounding, 2^-8."""
+    found = []
+    for precision, change in (("fp32", lambda conv: None), ("bf16", by_patches)):
+        torch.manual_seed(0)
+        net = small_cnn((3, 8, 8), 3, width=4, batch_norm=True).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        change(net.stages[1][0])
+        made: Any = NaturalGradient(damping=0.1).edit(baseline()).phases[0].learner
+        state = made.init(net, make_worker("solo", {}, precision, 0, 1, torch.device("cpu")))
+        x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        made.step(state, [Batch(x, torch.arange(16) % 3, torch.arange(16))], clock(batch=16))
+        found.append(state.saved["updates"][0].live.kept)
+    exact, rounded = found
+    assert all(t.dtype == torch.float32 for t in rounded.values())
+    for key in ("stages.0.0/a", "stages.1.0/a", "stages.1.0/g", "stages.1.1/f", "head/a"):
+        assert (rounded[key] - exact[key]).norm() < 0.05 * exact[key].norm()
 
 
 def test_batch_norms_take_part() -> None:
