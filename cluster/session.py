@@ -29,7 +29,9 @@ def guard() -> None:
     if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would have all else on the machine go before training
+        os.environ.setdefault(
+            "RAY_worker_niceness", "0"
+        )  # Ray's 15 would have all else on the machine go before training
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # one machine: listen on loopback only, on Linux too
 
 

@@ -165,9 +165,7 @@ def test_the_mean_patch_makes_the_gradient_before_a_global_mean() -> None:
 def test_drawn_positions_are_unbiased_and_alike_in_all_parts() -> None:
     shape = SHAPES["oblong"]
     layer, every = layer_of(shape, replace(EXPAND, mode="sample", positions=3, chunk=0)), layer_of(shape)
-    draws = torch.stack(
-        [moments(torch.cat([r.inputs for r in seen(layer, images(), seed)[0]])) for seed in range(400)]
-    )
+    draws = torch.stack([moments(torch.cat([r.inputs for r in seen(layer, images(), seed)[0]])) for seed in range(400)])
     wanted = moments(seen(every, images())[0][0].inputs)
     error = draws.std(0) / len(draws) ** 0.5
     assert ((draws.mean(0) - wanted).abs() <= 4.5 * error + 1e-12).all()  # of 1089 entries
