@@ -31,6 +31,7 @@ from strategies.shampoo import Shampoo
 from strategies.soap import Soap
 from strategies.stage_wise import StageWise
 from strategies.swa import Swa
+from strategies.synthetic_gradient import SyntheticGradient
 from strategies.test_time_augmentation import TestTimeAugmentation
 from strategies.whitening import Whitening
 
@@ -63,6 +64,7 @@ CATALOGUE: dict[str, type[Strategy]] = {
     "shampoo": Shampoo,
     "soap": Soap,
     "swa": Swa,
+    "synthetic_gradient": SyntheticGradient,
     "test_time_augmentation": TestTimeAugmentation,
     "whitening": Whitening,
 }

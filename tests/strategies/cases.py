@@ -181,7 +181,9 @@ CASES: dict[str, Case] = {
         workers=2,
         shares=(),  # workers that step alone are not one worker
     ),
-    "patch_affine": Case(acts={}, neutral={"largest": 0}, base=with_factors, inputs=IMAGES),  # by itself it changes nothing
+    "patch_affine": Case(
+        acts={}, neutral={"largest": 0}, base=with_factors, inputs=IMAGES
+    ),  # by itself it changes nothing
     "post_local_sgd": Case(
         acts={"start": 0.25, "period": 4},
         neutral={"period": 1},
@@ -198,6 +200,7 @@ CASES: dict[str, Case] = {
     "shampoo": Case(acts={"every": 2, "eps": 1e-3}, neutral={"power": 0.0}),  # smaller ones magnify rounding errors
     "soap": Case(acts={"every": 2}, neutral={"largest": 1}, base=with_large_eps),
     "swa": Case(acts={"start": 0.5}, neutral={"start": 1.0}),
+    "synthetic_gradient": Case(acts={"cuts": [1], "rate": 0.01, "queue": 1}, neutral={"cuts": []}, base=with_stages),
     "test_time_augmentation": Case(
         acts={"shift": 1}, neutral={"mirror": False}, base=as_it_is, inputs=IMAGES, measures=True
     ),

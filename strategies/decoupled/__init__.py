@@ -1,0 +1,1 @@
+"""Networks cut into modules that learn without waiting for each other's gradients."""

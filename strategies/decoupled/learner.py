@@ -1,0 +1,148 @@
+"""What learners of decoupled modules share: a cut network, an optimizer for each module, and small networks that help."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from strategies.backprop import Backprop, Live, Update, amend, one_forward_one_backward
+from strategies.contract import Batch, Clock, Metrics, ModelSpec, Need, Phase, PlanError, State, Worker
+from strategies.replicas import average_, copy_
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from strategies.decoupled.boundary import CutNet
+    from strategies.net import Net
+
+
+def network(inputs: tuple[int, ...], classes: int, model: ModelSpec, cuts: tuple[int, ...] | None) -> Net:
+    from strategies.decoupled.boundary import build
+
+    return build(inputs, classes, model, cuts)
+
+
+@dataclass(frozen=True, slots=True)
+class Modules(Update):
+    """Changes nothing: stands for what modules share, so that no strategy lets workers step alone."""
+
+    def settle(self, state: State) -> None:
+        """All is alike already."""
+
+
+@dataclass(slots=True)
+class DecoupledLive(Live):
+    net: CutNet
+    parts: list[Net]
+    helpers: list[nn.Module]  # such as synthesisers
+    helper_optimizers: list[Optimizer]
+    told: dict[str, Tensor] = field(default_factory=dict)  # this step's metrics, this worker's share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoupled(Backprop):
+    """Backprop within each module; what goes between modules, and when, is for those who come after this class."""
+
+    def __post_init__(self) -> None:
+        if self.gradient is not one_forward_one_backward:
+            raise PlanError(f"decoupled modules have backward passes of their own, in place of {self.gradient}: "
+                            "leave one of the two out")  # fmt: skip
+        for update in self.updates:
+            if update.turn < 2:
+                raise PlanError(f"{update} watches whole backward passes, but decoupled modules each have their own: "
+                                "leave one of the two out")  # fmt: skip
+
+    @property
+    def needs(self) -> Need:
+        return Backprop.needs.fget(self) | Need.OPEN_MODEL  # type: ignore[attr-defined]
+
+    def helpers(self, net: CutNet) -> list[Any]:
+        """New small networks that help; each gets an optimizer of its own."""
+        return []
+
+    def helper_optimizer(self, helper: Any) -> Optimizer:
+        return self.optimizer(helper)
+
+    def helper_rate(self, clock: Clock) -> float:
+        return self.rate(clock)
+
+    @abstractmethod
+    def exchange(self, state: State, batch: Batch, clock: Clock, weight: float) -> Tensor:
+        """Adds one micro-batch's gradients to all parameters, and returns its mean loss.
+
+        `weight`: of the mean gradient of this micro-batch in the worker's; that is averaged over workers afterwards.
+        """
+
+    def init(self, net: Net, worker: Worker) -> State:
+        from strategies.decoupled.boundary import CutNet
+
+        if not isinstance(net, CutNet):
+            raise PlanError(f"decoupled modules need the network that they were cut from, not {type(net).__name__}: "
+                            "leave out what puts another in its place")  # fmt: skip
+        parts = net.parts()
+        state = Backprop.init(dataclasses.replace(self, optimizer=OneEach(self.optimizer, parts)), net, worker)
+        helpers = [h.to(device=worker.device, dtype=next(net.parameters()).dtype) for h in self.helpers(net)]
+        for helper in helpers:
+            copy_([*helper.parameters()], worker, 0)
+        optimizers = [self.helper_optimizer(helper) for helper in helpers]
+        old: Live = state.live
+        state.live = DecoupledLive(net, old.model, old.optimizer, worker, parts, helpers, optimizers)
+        state.saved |= {"helpers": helpers, "helper_optimizers": optimizers}
+        return state
+
+    def step(self, state: State, batches: Sequence[Batch], clock: Clock) -> Metrics:
+        state.live.told = {}
+        return Backprop.step(self, state, batches, clock) | state.live.told
+
+    def _micro(self, state: State, batch: Batch, clock: Clock, last: bool) -> Tensor:
+        share = len(batch) / clock.batch
+        return self.exchange(state, batch, clock, share * state.live.worker.size) * share
+
+    def tell(self, state: State, name: str, share: Tensor) -> None:
+        """Adds to a metric of this step."""
+        told = state.live.told
+        told[name] = told[name] + share if name in told else share
+
+    def _apply(self, state: State, clock: Clock) -> None:
+        Backprop._apply(self, state, clock)
+        live: DecoupledLive = state.live
+        grads = [p.grad for helper in live.helpers for p in helper.parameters() if p.grad is not None]
+        if live.worker.size > 1 and grads:
+            average_(grads, live.worker)
+        for optimizer in live.helper_optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.helper_rate(clock) * group.get("rate_factor", 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass(frozen=True, slots=True)
+class OneEach:
+    """An optimizer for each part, joined: they step at the same time."""
+
+    optimizer: Any
+    parts: Sequence[Net]
+
+    def __call__(self, net: Net) -> Optimizer:
+        from strategies.joint_optimizer import JointOptimizer
+
+        return JointOptimizer(*(self.optimizer(part) for part in self.parts))
+
+
+def decouple(phase: Phase, by: object, cuts: Sequence[int] | None, kind: type[Decoupled], **options: Any) -> Phase:
+    """The phase with its network cut, and a learner of this kind, made of its Backprop and the options."""
+    name = type(by).__name__
+    if cuts is not None and (sorted({*cuts}) != list(cuts) or any(cut < 1 for cut in cuts)):
+        raise PlanError(f"{name}: cuts are {list(cuts)}, expected rising numbers of stages, from 1 on")
+    learner: Any = amend(phase, by, updates=(Modules(),)).learner
+    if type(learner) is not Backprop:
+        raise PlanError(
+            f"{name} and {type(learner).__name__} both change how phase '{phase.name}' learns: leave one of the two out"
+        )
+    usual = {f.name: getattr(learner, f.name) for f in dataclasses.fields(Backprop)}
+    spec = ModelSpec(network, (("model", phase.model), ("cuts", None if cuts is None else tuple(cuts))))
+    return dataclasses.replace(phase, model=spec, learner=kind(**usual, **options))

@@ -1,0 +1,62 @@
+"""Synthetic gradients: modules move by guesses of their gradients and do not wait (Jaderberg et al. 2017, arXiv 1608.05343).
+
+The network is cut into modules. At each cut, with h what the module below makes, a synthesiser M guesses dL/dh from h and the
+label. With T = dL/dh as it comes back from the module above,
+
+    the module below moves by  lambda T + (1 - lambda) M(h, y),   and M learns to be T by least squares.
+
+T itself is built on the guess at the next cut, and is the true gradient at the last cut alone. Lambda 1 is backpropagation, 0
+is fully synthetic, and in between lies BP(lambda). M and T are of the loss summed over examples, so that the batch size does
+not change what M has to learn. `queue`: M learns from a batch so many batches later, as where modules run apart.
+
+The synthesisers as published (`deep`) cost more than the network itself, and without labels they learn little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from strategies.contract import Phase, Plan, PlanError, Strategy, option
+from strategies.decoupled.learner import decouple
+from strategies.decoupled.synthetic import Guess, Kind, Share, Synthetic
+
+
+@dataclass(frozen=True, slots=True)
+class SyntheticGradient(Strategy):
+    cuts: list[int] | None = option(
+        None, "stages behind which the network is cut; []: not at all; none: behind each that has parameters"
+    )
+    synthesiser: Kind = option(
+        "linear",
+        "deep: two hidden layers with batch norm, as published; linear: one layer, 1x1 for images; low_rank: two; affine: "
+        "scale and shift of each channel; pooled: linear in the mean over the image",
+    )
+    label: bool = option(True, "synthesisers see the label")
+    hidden: int | None = option(
+        None,
+        "units of hidden layers of a deep synthesiser (none: 1024, or the image's channels), or rank of a low-rank one "
+        "(none: a quarter of the channels)",
+        ge=1,
+    )
+    rate: float | None = option(
+        1e-3, "of the synthesisers' Adam, at all batch sizes; none: the network's optimizer at its rate", ge=0
+    )
+    share: float = option(0.0, "lambda at the end of its change; 0: fully synthetic; 1: backpropagation", ge=0, le=1)
+    first_share: float = option(1.0, "lambda at the start of each phase", ge=0, le=1)
+    share_epochs: float = option(0.0, "epochs over which lambda changes evenly from first_share to share", ge=0)
+    queue: int = option(0, "batches that a synthesiser learns late", ge=0)
+
+    def __post_init__(self) -> None:
+        Strategy.__post_init__(self)
+        if self.hidden is not None and self.synthesiser not in ("deep", "low_rank"):
+            raise PlanError(
+                f"SyntheticGradient: a {self.synthesiser} synthesiser has no hidden layer: leave out `hidden`"
+            )
+
+    def edit(self, plan: Plan) -> Plan:
+        return plan.map(self._amend)
+
+    def _amend(self, phase: Phase) -> Phase:
+        guess = Guess(self.synthesiser, self.label, self.hidden, self.rate)
+        share = Share(self.first_share, self.share, self.share_epochs)
+        return decouple(phase, self, self.cuts, Synthetic, guess=guess, share=share, queue=self.queue)
