@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from strategies.contract import Worker
+from strategies.decoupled import shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,33 +44,14 @@ class Waiting:
 
     def whole(self) -> list[Any]:
         """All workers' shares as one, alike on every rank."""
-        return [(size, [self._whole(size, pairs) for pairs in cuts]) for size, cuts in self.batches]
+        return [
+            (size, [shares.whole([pair._asdict() for pair in pairs], size, self.worker) for pairs in cuts])
+            for size, cuts in self.batches
+        ]
 
     def restore(self, saved: list[Any]) -> None:
-        """This worker's share of what was `whole`; micro-batches are as they were, if there are as many workers."""
-        self.batches = deque((size, [self._own(size, whole) for whole in cuts]) for size, cuts in saved)
-
-    def _bounds(self, size: int) -> tuple[int, int]:
-        return size * self.worker.rank // self.worker.size, size * (self.worker.rank + 1) // self.worker.size
-
-    def _whole(self, size: int, pairs: list[Pair]) -> list[Tensor]:
-        """The three of a pair, and to which micro-batch each example belongs."""
-        import torch
-
-        begin, end = self._bounds(size)
-        pieces = [pair.y.new_full((len(pair.y),), number, dtype=torch.int64) for number, pair in enumerate(pairs)]
-        wholes = []
-        for parts in (*map(list, zip(*pairs, strict=True)), pieces):
-            share = torch.cat(parts)
-            whole = share.new_zeros(size, *share.shape[1:])
-            whole[begin:end] = share
-            wholes.append(self.worker.sum_(whole))
-        return wholes
-
-    def _own(self, size: int, whole: list[Tensor]) -> list[Pair]:
-        import torch
-
-        begin, end = self._bounds(size)
-        *own, pieces = (t[begin:end].to(self.worker.device) for t in whole)
-        lengths = torch.unique_consecutive(pieces, return_counts=True)[1].tolist()
-        return [Pair(*parts) for parts in zip(*(t.split(lengths) for t in own), strict=True)]
+        """This worker's share of what was `whole`."""
+        self.batches = deque(
+            (size, [[Pair(**micro) for micro in shares.own(wholes, self.worker)] for wholes in cuts])
+            for size, cuts in saved
+        )
