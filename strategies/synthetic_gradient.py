@@ -15,6 +15,7 @@ The synthesisers as published (`deep`) cost more than the network itself, and wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from strategies.contract import Phase, Plan, PlanError, Strategy, option
 from strategies.decoupled.learner import decouple
@@ -23,6 +24,7 @@ from strategies.decoupled.synthetic import Guess, Kind, Share, Synthetic
 
 @dataclass(frozen=True, slots=True)
 class SyntheticGradient(Strategy):
+    parts_matter: ClassVar[bool] = True  # deep synthesisers normalise micro-batches
     cuts: list[int] | None = option(
         None, "stages behind which the network is cut; []: not at all; none: behind each that has parameters"
     )
