@@ -290,7 +290,7 @@ def test_what_waits_is_saved_whole_and_shared_out_again() -> None:
             waiting.add(0, Waited(*(t[begin:end] for t in whole)))
         assert list(waiting.due(1, 5)) == []
     ((size, (one,)),), ((_, (other,)),) = (waiting.whole() for waiting in waits)
-    saved = [(size, [[a + b for a, b in zip(one, other, strict=True)]])]
+    saved = [(size, [{name: t + other[name] for name, t in one.items()}])]
     for waiting, bounds in zip(waits, shares, strict=True):
         waiting.restore(saved)
         out = list(waiting.due(0, 5))
