@@ -6,6 +6,7 @@ from strategies.adascale import Adascale
 from strategies.batch_growth import BatchGrowth
 from strategies.bias_rate import BiasRate
 from strategies.contract import Strategy
+from strategies.delayed_gradient import DelayedGradient
 from strategies.dirac import Dirac
 from strategies.ema import Ema
 from strategies.fop import Fop
@@ -16,6 +17,7 @@ from strategies.kernel_rescale import KernelRescale
 from strategies.label_smoothing import LabelSmoothing
 from strategies.lamb import Lamb
 from strategies.lars import Lars
+from strategies.local_loss import LocalLoss
 from strategies.lookahead import Lookahead
 from strategies.loss_smoothing import LossSmoothing
 from strategies.mixup import Mixup
@@ -39,6 +41,7 @@ CATALOGUE: dict[str, type[Strategy]] = {
     "adascale": Adascale,
     "batch_growth": BatchGrowth,
     "bias_rate": BiasRate,
+    "delayed_gradient": DelayedGradient,
     "dirac": Dirac,
     "ema": Ema,
     "fop": Fop,
@@ -49,6 +52,7 @@ CATALOGUE: dict[str, type[Strategy]] = {
     "label_smoothing": LabelSmoothing,
     "lamb": Lamb,
     "lars": Lars,
+    "local_loss": LocalLoss,
     "lookahead": Lookahead,
     "loss_smoothing": LossSmoothing,
     "mixup": Mixup,

@@ -64,7 +64,7 @@ class Decoupled(Backprop):
         """New small networks that help; each gets an optimizer of its own."""
         return []
 
-    def helper_optimizer(self, helper: Any) -> Optimizer:
+    def helper_optimizer(self, helper: Net) -> Optimizer:
         return self.optimizer(helper)
 
     def helper_rate(self, clock: Clock) -> float:
@@ -79,6 +79,7 @@ class Decoupled(Backprop):
 
     def init(self, net: Net, worker: Worker) -> State:
         from strategies.decoupled.boundary import CutNet
+        from strategies.net import Net
 
         if not isinstance(net, CutNet):
             raise PlanError(f"decoupled modules need the network that they were cut from, not {type(net).__name__}: "
@@ -88,7 +89,7 @@ class Decoupled(Backprop):
         helpers = [h.to(device=worker.device, dtype=next(net.parameters()).dtype) for h in self.helpers(net)]
         for helper in helpers:
             copy_([*helper.parameters()], worker, 0)
-        optimizers = [self.helper_optimizer(helper) for helper in helpers]
+        optimizers = [self.helper_optimizer(Net([], head=helper)) for helper in helpers]
         old: Live = state.live
         state.live = DecoupledLive(net, old.model, old.optimizer, worker, parts, helpers, optimizers)
         state.saved |= {"helpers": helpers, "helper_optimizers": optimizers}

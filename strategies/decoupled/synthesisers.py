@@ -26,7 +26,6 @@ class Synthesiser(nn.Module):
     def __init__(self, first: nn.Module, width: int, rest: nn.Module, classes: int | None):
         super().__init__()
         self.first, self.rest = first, rest
-        self.rate_factors: dict[str, float] = {}  # as those of a Net
         self.label = None if classes is None else nn.Linear(classes, width, bias=False)
 
     def forward(self, h: Tensor, y: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class Synthetic(Decoupled):
 
         return [synthesiser(self.guess, shape, net.classes) for shape in net.shapes]
 
-    def helper_optimizer(self, helper: Any) -> Optimizer:
+    def helper_optimizer(self, helper: Net) -> Optimizer:
         return self.optimizer(helper) if self.guess.rate is None else AdamW(weight_decay=0.0)(helper)
 
     def helper_rate(self, clock: Clock) -> float:

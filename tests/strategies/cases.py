@@ -123,6 +123,9 @@ CASES: dict[str, Case] = {
     ),
     "batch_growth": Case(acts={}, neutral={"largest": 1}, base=with_step_decay),
     "bias_rate": Case(acts={"factor": 4}, neutral={"factor": 1}, base=with_layer_norm),
+    "delayed_gradient": Case(
+        acts={"cuts": [1], "variant": "fdg", "shrink": 0.5}, neutral={"cuts": []}, base=with_stages
+    ),
     "dirac": Case(acts={}, neutral={"share": 0}, base=with_convolutions, inputs=IMAGES),
     "ema": Case(acts={"half_life": 0.5}, neutral={"half_life": 0.0}),
     "fop": Case(
@@ -155,6 +158,7 @@ CASES: dict[str, Case] = {
     "label_smoothing": Case(acts={"amount": 0.2}, neutral={"amount": 0.0}),
     "lamb": Case(acts={}, neutral={"trust": False}, base=with_adamw),
     "lars": Case(acts={"trust": 0.1}, neutral={"trust": 0.0, "form": "torch"}),
+    "local_loss": Case(acts={"cuts": [1]}, neutral={"cuts": []}, base=with_stages),
     "lookahead": Case(acts={"every": 2, "power": 3}, neutral={"every": 3, "alpha": 1}),
     "loss_smoothing": Case(
         acts={"alpha": 0.4, "erase": 0.5, "sigma": 0.1, "draws": 2, "antithetic": True, "anneal": "linear"},
