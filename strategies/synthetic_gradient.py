@@ -7,7 +7,8 @@ label. With T = dL/dh as it comes back from the module above,
 
 T itself is built on the guess at the next cut, and is the true gradient at the last cut alone. Lambda 1 is backpropagation, 0
 is fully synthetic, and in between lies BP(lambda). M and T are of the loss summed over examples, so that the batch size does
-not change what M has to learn. `queue`: M learns from a batch so many batches later, as where modules run apart.
+not change what M has to learn. `queue`: M learns from a batch so many batches later, as where modules run apart. `inputs`: in
+training, a module is given a guess of its input (full unlock); synthesisers of inputs learn from what modules make.
 
 The synthesisers as published (`deep`) cost more than the network itself, and without labels they learn little.
 """
@@ -47,6 +48,10 @@ class SyntheticGradient(Strategy):
     first_share: float = option(1.0, "lambda at the start of each phase", ge=0, le=1)
     share_epochs: float = option(0.0, "epochs over which lambda changes evenly from first_share to share", ge=0)
     queue: int = option(0, "batches that a synthesiser learns late", ge=0)
+    inputs: bool = option(
+        False,
+        "in training, modules are given guesses of their inputs, made from the network's, and so need not wait for these",
+    )
 
     def __post_init__(self) -> None:
         Strategy.__post_init__(self)
@@ -61,4 +66,6 @@ class SyntheticGradient(Strategy):
     def _amend(self, phase: Phase) -> Phase:
         guess = Guess(self.synthesiser, self.label, self.hidden, self.rate)
         share = Share(self.first_share, self.share, self.share_epochs)
-        return decouple(phase, self, self.cuts, Synthetic, guess=guess, share=share, queue=self.queue)
+        return decouple(
+            phase, self, self.cuts, Synthetic, guess=guess, share=share, queue=self.queue, guess_inputs=self.inputs
+        )

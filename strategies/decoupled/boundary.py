@@ -61,13 +61,18 @@ def build(inputs: tuple[int, ...], classes: int, model: ModelSpec, cuts: tuple[i
     return CutNet(net, cuts, inputs, classes)
 
 
-def forward(parts: Sequence[nn.Module], x: Tensor, worker: Worker) -> tuple[list[Tensor], list[Tensor]]:
-    """What each of the parts is given, detached and with room for a gradient, and what all but the last make of it."""
+def forward(
+    parts: Sequence[nn.Module], x: Tensor, worker: Worker, guessed: Sequence[Tensor] = ()
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What each of the parts is given, detached and with room for a gradient, and what all but the last make of it.
+
+    With `guessed`, one for each cut, these are given in place of what is made.
+    """
     given, made = [x], []
-    for part in parts[:-1]:
+    for cut, part in enumerate(parts[:-1]):
         with worker.autocast():
             made.append(part(given[-1]))
-        given.append(boundary(made[-1]))
+        given.append(boundary(guessed[cut] if guessed else made[-1]))
     return given, made
 
 

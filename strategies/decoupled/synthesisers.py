@@ -5,6 +5,7 @@ All begin at exactly zero: the last layer's weight and bias are zero, so that mo
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,6 +48,15 @@ class Affine(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return h * self.weight + self.bias
+
+
+def input_synthesiser(inputs: tuple[int, ...], shape: tuple[int, ...]) -> nn.Module:
+    """From the network's inputs to a guess of activations of one shape: linear, for images a convolution."""
+    if len(inputs) == len(shape) == 3:
+        convolution = nn.Conv2d(inputs[0], shape[0], KERNEL, padding=KERNEL // 2)
+        return nn.Sequential(nn.AdaptiveAvgPool2d(shape[1:]), convolution)
+    linear = nn.Linear(math.prod(inputs), math.prod(shape))
+    return nn.Sequential(nn.Flatten(), linear, nn.Unflatten(1, shape))
 
 
 def synthesiser(guess: Guess, shape: tuple[int, ...], classes: int) -> Synthesiser:

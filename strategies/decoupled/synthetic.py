@@ -59,11 +59,14 @@ class Synthetic(Decoupled):
     guess: Guess
     share: Share
     queue: int
+    guess_inputs: bool  # modules are given guesses of their inputs, too
 
     def helpers(self, net: CutNet) -> list[Any]:
-        from strategies.decoupled.synthesisers import synthesiser
+        """Of gradients, for each cut; then, where there are any, of inputs."""
+        from strategies.decoupled.synthesisers import input_synthesiser, synthesiser
 
-        return [synthesiser(self.guess, shape, net.classes) for shape in net.shapes]
+        ahead = [input_synthesiser(net.inputs, shape) for shape in net.shapes if self.guess_inputs]
+        return [*(synthesiser(self.guess, shape, net.classes) for shape in net.shapes), *ahead]
 
     def helper_optimizer(self, helper: Net) -> Optimizer:
         return self.optimizer(helper) if self.guess.rate is None else AdamW(weight_decay=0.0)(helper)
@@ -75,7 +78,7 @@ class Synthetic(Decoupled):
         state = Decoupled.init(self, net, worker)
         old: DecoupledLive = state.live
         values = {f.name: getattr(old, f.name) for f in dataclasses.fields(DecoupledLive)}
-        state.live = SyntheticLive(**values, waiting=Waiting(worker, len(old.helpers)))
+        state.live = SyntheticLive(**values, waiting=Waiting(worker, len(old.parts) - 1))
         state.saved["waiting"] = None
         return state
 
@@ -89,12 +92,15 @@ class Synthetic(Decoupled):
         from strategies.decoupled.boundary import forward
 
         live: SyntheticLive = state.live
-        given, made = forward(live.parts, batch.x, live.worker)
+        guessed = [live.guess_input(cut, batch.x) for cut in range(len(live.parts) - 1) if self.guess_inputs]
+        given, made = forward(live.parts, batch.x, live.worker, guessed)
         with live.worker.autocast():
             loss = self.objective(live.parts[-1], dataclasses.replace(batch, x=given[-1]), clock)
         live.worker.backward(loss * weight)
         for cut in reversed(range(len(made))):
             self._cross(state, cut, made[cut], given[cut + 1], batch.y, clock)
+        for guess, true in zip(guessed, made, strict=False):
+            live.learn(guess, true.detach(), live.worker.size / clock.batch)
         return loss.detach()
 
     def _cross(self, state: State, cut: int, made: Tensor, given: Tensor, y: Tensor, clock: Clock) -> None:
@@ -106,7 +112,7 @@ class Synthetic(Decoupled):
         live: SyntheticLive = state.live
         back, unit, share = given.grad, live.worker.size / clock.batch, self.share(clock)
         assert back is not None
-        pair = Pair(given.detach(), y, back.to(torch.promote_types(back.dtype, torch.float32)) / unit)
+        pair = Pair(made.detach(), y, back.to(torch.promote_types(back.dtype, torch.float32)) / unit)
         with torch.set_grad_enabled(not self.queue):
             guess = live.guess(cut, pair)
         inject(made, share * back + (1 - share) * unit * guess.detach(), live.worker)
@@ -115,13 +121,13 @@ class Synthetic(Decoupled):
         if self.queue:
             live.waiting.add(cut, pair)
         else:
-            live.learn(guess, pair, unit)
+            live.learn(guess, pair.target, unit)
 
     def _apply(self, state: State, clock: Clock) -> None:
         live: SyntheticLive = state.live
         if self.queue:
             for cut, pair, batch in live.waiting.due(self.queue, clock.batch):
-                live.learn(live.guess(cut, pair), pair, live.worker.size / batch)
+                live.learn(live.guess(cut, pair), pair.target, live.worker.size / batch)
         Decoupled._apply(self, state, clock)
 
     def gather(self, state: State) -> None:
@@ -138,6 +144,14 @@ class SyntheticLive(DecoupledLive):
             guess: Tensor = self.helpers[cut](pair.h, pair.y)
         return guess.to(pair.target.dtype)
 
-    def learn(self, guess: Tensor, pair: Pair, unit: float) -> None:
+    def guess_input(self, cut: int, x: Tensor) -> Tensor:
+        with self.worker.autocast():
+            guess: Tensor = self.helpers[len(self.parts) - 1 + cut](x)
+        return guess
+
+    def learn(self, guess: Tensor, target: Tensor, unit: float) -> None:
         """Adds the gradient of the squared error, summed over an example's values and averaged over the global batch."""
-        self.worker.backward((guess - pair.target).square().sum() * unit)
+        import torch
+
+        error = guess.to(torch.promote_types(guess.dtype, torch.float32)) - target
+        self.worker.backward(error.square().sum() * unit)

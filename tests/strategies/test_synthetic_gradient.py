@@ -55,7 +55,12 @@ class Rig:
     def __init__(self, model: Any, inputs: tuple[int, ...], cuts: tuple[int, ...] | None = None, **options: Any):
         torch.manual_seed(0)
         self.net = build(inputs, CLASSES, ModelSpec(model), cuts).double()
-        settings: dict[str, Any] = {"guess": Guess(), "share": Share(0.0, 0.0, 0.0), "queue": 0} | options
+        settings: dict[str, Any] = {
+            "guess": Guess(),
+            "share": Share(0.0, 0.0, 0.0),
+            "queue": 0,
+            "guess_inputs": False,
+        } | options
         self.learner = Synthetic(optimizer=Sgd(momentum=0.0), rate=Rate(0.1), **settings)
         self.state: State = self.learner.init(self.net, make_worker("solo", {}, "fp64", 0, 1, torch.device("cpu")))
         self.batch = random_batch(inputs)
@@ -312,6 +317,35 @@ def test_a_queue_is_resumed_by_two_workers(tmp_path: Path) -> None:
     finally:
         pair.close()
     assert distance(resumed, unbroken) == 0
+
+
+# ------------------------------------------------------------------------------------------------------ guessed inputs
+
+
+@pytest.mark.parametrize(("model", "inputs"), [(mlp, WIDTH), (cnn, IMAGES)])
+def test_guessed_inputs_take_the_place_of_those_made(model: Any, inputs: tuple[int, ...]) -> None:
+    rig = Rig(model, inputs, guess_inputs=True, share=Share(1.0, 1.0, 0.0))
+    parts, ahead = rig.state.live.parts, rig.state.live.helpers[2:]
+    gradients = rig.gradients()
+    given = [rig.batch.x, *(guess(rig.batch.x).detach().requires_grad_() for guess in ahead)]
+    loss = nn.functional.cross_entropy(parts[2](given[2]), rig.batch.y)
+    expected: dict[int, Any] = {2: torch.autograd.grad(loss, [*parts[2].parameters(), given[2]])}
+    for module in (1, 0):
+        wanted = [*parts[module].parameters(), *([given[module]] if module else [])]
+        expected[module] = torch.autograd.grad((parts[module](given[module]) * expected[module + 1][-1]).sum(), wanted)
+    for module, own in enumerate(gradients):
+        for found, g in zip(own.values(), expected[module], strict=False):
+            assert torch.allclose(found, g, rtol=0, atol=1e-12)
+    for cut, guess in enumerate(ahead):
+        error = (guess(rig.batch.x) - parts[cut](given[cut]).detach()).square().sum() / len(rig.batch)
+        for p, g in zip(guess.parameters(), torch.autograd.grad(error, [*guess.parameters()]), strict=True):
+            assert torch.allclose(p.grad, g, rtol=0, atol=1e-12)
+
+
+def test_with_guessed_inputs_a_network_learns(tmp_path: Path) -> None:
+    plan = SyntheticGradient(cuts=[1], inputs=True, rate=0.02).edit(with_stages(baseline(epochs=10)))
+    rows = train(plan, tmp_path).rows
+    assert rows[-1]["test_loss"] < 0.5 * rows[0]["train_loss"]
 
 
 # ------------------------------------------------------------------------------------------------- options and refusals
