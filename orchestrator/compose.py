@@ -24,6 +24,11 @@ def compose(trial: Trial, examples: int) -> Plan:
         plan = CATALOGUE[name](**options).edit(plan)
     _check_cached(plan, trial.workload.augment)
     check(plan, variant(trial.engine.name, trial.engine.options.model_dump()))
+    if trial.cluster.workers % plan.roles:
+        raise PlanError(
+            f"the plan has {plan.roles} roles, each on workers of its own, cluster.workers is {trial.cluster.workers}: "
+            f"take a multiple of {plan.roles}"
+        )
     return plan
 
 

@@ -54,9 +54,10 @@ def reduced(sums: dict[str, torch.Tensor], worker: Worker, count: float = 1.0) -
 def average_buffers(net: Net, worker: Worker) -> None:
     """Running statistics (batch norm), averaged over workers by one collective per dtype.
 
-    Those of layers in evaluation mode stand still: they are alike, and a mean would only round them.
+    Those of layers in evaluation mode stand still: they are alike, and a mean would only round them. Where workers train
+    different modules, it is for the learner to share what each has.
     """
-    if worker.size == 1:
+    if worker.size == 1 or worker.roles > 1:
         return
     moving = [b for module in net.modules() if module.training for b in module.buffers(recurse=False)]
     average_([b for b in moving if b.is_floating_point()], worker)

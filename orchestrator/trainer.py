@@ -86,6 +86,7 @@ class Trainer:
 
     def __init__(self, job: Job, worker: Worker):
         self.job, self.worker = job, worker
+        worker.take_roles(job.plan.roles)
         self.progress = Progress()
         self.rows = Rows(job.directory / "metrics.jsonl", writes=worker.rank == 0)
 
@@ -209,14 +210,14 @@ class PhaseRun:
     def _quicken(self) -> None:
         """The same network, computed faster (see `Speed`)."""
         speed, progress = self.job.speed, self.progress
-        local = min(-(-self.phase.batch // self.worker.size), self.job.micro_batch or LARGEST)
+        local = min(-(-self.phase.batch // self.worker.replicas), self.job.micro_batch or LARGEST)
         sample = partial(self._train_batch, 0)
         progress.patch_convolutions = tune(self.net, sample, local, self.worker, speed.patch_convolutions)
         if speed.compile != "off":
             self.net.compile(mode="reduce-overhead" if speed.compile == "cuda_graphs" else None)
 
     def _micro_batch(self) -> int:
-        local = -(-self.phase.batch // self.worker.size)
+        local = -(-self.phase.batch // self.worker.replicas)
         if self.job.micro_batch:
             return min(local, self.job.micro_batch)
         return micro_batch.largest(self.net, lambda n: self._train_batch(0, n), local, self.worker)
@@ -272,7 +273,7 @@ class PhaseRun:
     def _batches(self, clock: Clock) -> list[Batch]:
         """This rank's micro-batches of the step. Positions count on through all phases: none sees another's order."""
         first = self.progress.examples
-        begin, end = share(first, first + self.phase.batch, self.worker.rank, self.worker.size)
+        begin, end = share(first, first + self.phase.batch, self.worker.replica, self.worker.replicas)
         return [self._mapped(a, b, clock) for a, b in micro(begin, end, self.micro)]
 
     def _mapped(self, start: int, stop: int, clock: Clock) -> Batch:

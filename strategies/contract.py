@@ -121,10 +121,25 @@ class Worker(Protocol):
 
     rank: int  # 0 .. size-1
     size: int  # workers in the gang
-    role: int  # the part of the model that this worker holds; 0 where all hold the whole
+    roles: int  # parts that the model is spread over
     device: torch.device
     memory: Any
     """What the engine remembers of this model from step to step, with a state_dict, or None; learners save it."""
+
+    def take_roles(self, roles: int) -> None:
+        """Before a trial: its model is spread over so many parts. Raises PlanError where they do not divide the workers."""
+
+    @property
+    def role(self) -> int:
+        """The part of the model that this worker trains: rank % roles."""
+
+    @property
+    def replica(self) -> int:
+        """To which copy of the whole model this worker belongs: rank // roles."""
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the whole model, which share out a batch: size / roles."""
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Mixed precision for a forward pass, as the trial's precision has it; nothing for fp32 and fp64."""
@@ -140,8 +155,15 @@ class Worker(Protocol):
         """Begin to fill contiguous `t` with that of rank `source`, on the workers `among`, which alone call it, in the same
         order."""
 
-    def send(self, t: Tensor, role: int) -> None: ...
-    def recv(self, like: Tensor, role: int) -> Tensor: ...
+    def sum_role_(self, t: Tensor) -> Tensor:
+        """`t`, summed in place over the workers of the same role, alike on each; returns it."""
+
+    def send(self, t: Tensor, role: int) -> Pending:
+        """Begin to send contiguous `t` to the worker of that role in this replica. Until it has waited, leave `t` as it is."""
+
+    def recv(self, t: Tensor, role: int) -> Pending:
+        """Begin to fill contiguous `t` with what that worker sends, in the order in which it sends."""
+
     def prepare(self, net: Net, optimizer: Optimizer, open_model: bool) -> nn.Module:
         """The module to call in training: wrapped so that gradients are averaged, unless `open_model`."""
 

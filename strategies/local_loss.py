@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 from strategies.contract import Phase, Plan, PlanError, Strategy, option
 from strategies.decoupled.greedy import Greedy
-from strategies.decoupled.learner import decouple
+from strategies.decoupled.learner import decouple, with_roles
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,12 @@ class LocalLoss(Strategy):
         "that makes the logits: linear; averaged over the image, then linear; deep: three 1x1 convolutions on smaller images, "
         "then three linear layers; none: pooled",
     )
+    ahead: int | None = option(
+        None,
+        "modules on workers of their own, each at most so many batches ahead of the next: `cluster.workers` is a multiple of "
+        "the modules; none: all modules on each worker",
+        ge=0,
+    )
 
     def __post_init__(self) -> None:
         Strategy.__post_init__(self)
@@ -40,7 +46,8 @@ class LocalLoss(Strategy):
             raise PlanError(f"LocalLoss: loss: {self.loss} has no head that makes logits: leave out `head`")
 
     def edit(self, plan: Plan) -> Plan:
+        plan = plan if self.ahead is None else with_roles(plan, self, self.cuts)
         return plan.map(self._amend)
 
     def _amend(self, phase: Phase) -> Phase:
-        return decouple(phase, self, self.cuts, Greedy, loss=self.loss, head=self.head or "pooled")
+        return decouple(phase, self, self.cuts, Greedy, loss=self.loss, head=self.head or "pooled", ahead=self.ahead)

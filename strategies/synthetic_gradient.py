@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from strategies.contract import Phase, Plan, PlanError, Strategy, option
-from strategies.decoupled.learner import decouple
+from strategies.decoupled.learner import decouple, with_roles
 from strategies.decoupled.synthetic import Guess, Kind, Share, Synthetic
 
 
@@ -52,6 +52,11 @@ class SyntheticGradient(Strategy):
         False,
         "in training, modules are given guesses of their inputs, made from the network's, and so need not wait for these",
     )
+    roles: bool = option(
+        False,
+        "each module on workers of its own, at most `queue` batches ahead of the next: `cluster.workers` is a multiple of "
+        "the modules; else all modules on each worker",
+    )
 
     def __post_init__(self) -> None:
         Strategy.__post_init__(self)
@@ -59,13 +64,17 @@ class SyntheticGradient(Strategy):
             raise PlanError(
                 f"SyntheticGradient: a {self.synthesiser} synthesiser has no hidden layer: leave out `hidden`"
             )
+        if self.roles and self.inputs:
+            raise PlanError(
+                "SyntheticGradient: guessed inputs are for modules on the same worker: leave out `inputs` or `roles`"
+            )
 
     def edit(self, plan: Plan) -> Plan:
+        plan = with_roles(plan, self, self.cuts) if self.roles else plan
         return plan.map(self._amend)
 
     def _amend(self, phase: Phase) -> Phase:
         guess = Guess(self.synthesiser, self.label, self.hidden, self.rate)
         share = Share(self.first_share, self.share, self.share_epochs)
-        return decouple(
-            phase, self, self.cuts, Synthetic, guess=guess, share=share, queue=self.queue, guess_inputs=self.inputs
-        )
+        how = {"guess": guess, "share": share, "queue": self.queue, "guess_inputs": self.inputs}
+        return decouple(phase, self, self.cuts, Synthetic, **how, ahead=self.queue if self.roles else None)

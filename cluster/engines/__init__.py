@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 WHOLE_MODEL = Need.LAYER_GRADS | Need.LAYER_WEIGHTS | Need.OPEN_MODEL | Need.EDIT_WEIGHTS
 OFFERS: dict[str, Need] = {
     "solo": WHOLE_MODEL,
-    "ddp": WHOLE_MODEL,
+    "ddp": WHOLE_MODEL | Need.ROLES,
     "deepspeed stage 0": WHOLE_MODEL & ~Need.OPEN_MODEL,
     "deepspeed stage 1": Need.LAYER_WEIGHTS,
     "deepspeed stage 2": Need.LAYER_WEIGHTS,

@@ -27,12 +27,29 @@ class Done:
 class ProcessWorker:
     """One of `size` processes, alone or in the default process group. See `strategies.contract.Worker`."""
 
-    role = 0
+    roles = 1
     memory: Any = None
 
     def __init__(self, rank: int, size: int, device: torch.device, precision: str):
         self.rank, self.size, self.device, self.precision = rank, size, device, precision
         self.groups: dict[tuple[int, ...], Any] = {}  # of some of the workers, by their ranks
+
+    def take_roles(self, roles: int) -> None:
+        if self.size % roles:
+            raise PlanError(f"the plan has {roles} roles, the gang {self.size} workers: take a multiple of {roles}")
+        self.roles = roles
+
+    @property
+    def role(self) -> int:
+        return self.rank % self.roles
+
+    @property
+    def replica(self) -> int:
+        return self.rank // self.roles
+
+    @property
+    def replicas(self) -> int:
+        return self.size // self.roles
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.precision != "bf16":
@@ -64,10 +81,15 @@ class ProcessWorker:
             self.groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
         return self.groups[ranks]
 
-    def send(self, t: Tensor, role: int) -> None:
+    def sum_role_(self, t: Tensor) -> Tensor:
+        if self.replicas > 1:
+            dist.all_reduce(t, group=self._group(tuple(range(self.role, self.size, self.roles))))
+        return t
+
+    def send(self, t: Tensor, role: int) -> Pending:
         raise PlanError("this engine has no roles: every worker holds the whole model")
 
-    def recv(self, like: Tensor, role: int) -> Tensor:
+    def recv(self, t: Tensor, role: int) -> Pending:
         raise PlanError("this engine has no roles: every worker holds the whole model")
 
     def prepare(self, net: Net, optimizer: Optimizer, open_model: bool) -> nn.Module:

@@ -11,16 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from cluster.engines.base import ProcessWorker
 from cluster.engines.compression import PowerSgd, bf16_hook
 from cluster.engines.shared_memory import WORTH, SharedMemory, average_hook, shared_memory
-from strategies.contract import PlanError
+from strategies.contract import Pending, PlanError
 
 if TYPE_CHECKING:
     from strategies.net import Net
+
+
+TAGS = 2**16  # numbers of messages before they begin anew
 
 
 class DdpWorker(ProcessWorker):
@@ -46,6 +50,7 @@ class DdpWorker(ProcessWorker):
         share_memory: bool = True,
     ):
         super().__init__(rank, size, device, precision)
+        self.messages: dict[tuple[str, int], int] = {}  # to and from other roles, so far
         self.share_memory = share_memory and device.type == "cpu"
         self.find_unused_parameters = find_unused_parameters
         self.bucket_mib = None if bucket_mib == "auto" else bucket_mib
@@ -115,6 +120,24 @@ class DdpWorker(ProcessWorker):
             self.shared.sum_(t.detach())
             return t
         return super().sum_(t)
+
+    def send(self, t: Tensor, role: int) -> Pending:
+        return self._pending(dist.isend(t, self._peer(role), tag=self._tag("to", role)))
+
+    def recv(self, t: Tensor, role: int) -> Pending:
+        return self._pending(dist.irecv(t, self._peer(role), tag=self._tag("from", role)))
+
+    def _peer(self, role: int) -> int:
+        return self.replica * self.roles + role
+
+    def _tag(self, way: str, role: int) -> int:
+        """Messages are numbered, so that they arrive in order however many are under way."""
+        self.messages[way, role] = self.messages.get((way, role), -1) + 1
+        return self.messages[way, role] % TAGS
+
+    def _pending(self, work: dist.Work | None) -> Pending:
+        assert work is not None, "every worker is part of the group of all"
+        return work
 
     def settle(self) -> None:
         if self.memory:

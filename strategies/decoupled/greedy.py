@@ -37,19 +37,33 @@ class Greedy(Decoupled):
 
     def exchange(self, state: State, batch: Batch, clock: Clock, weight: float) -> Tensor:
         live: DecoupledLive = state.live
-        for cut, part in enumerate(live.parts[:-1]):
-            with live.worker.autocast():
-                h = part(batch.x)
-            if live.helpers:
+        for number in live.own:
+            if live.line and number:
+                batch = dataclasses.replace(batch, x=live.line.take())
+            if number == len(live.parts) - 1:
                 with live.worker.autocast():
-                    loss = self._local(live.helpers[cut], h, batch, clock)  # type: ignore[arg-type]
+                    loss = self.objective(live.parts[-1], batch, clock)
                 live.worker.backward(loss * weight)
-                self.tell(state, f"loss_{live.net.ends[cut]}", loss.detach() * (len(batch) / clock.batch))
-            batch = dataclasses.replace(batch, x=h.detach())
+                return loss.detach()
+            batch = dataclasses.replace(batch, x=self._below(state, number, batch, clock, weight))
+        return batch.x.new_zeros(())
+
+    def _below(self, state: State, number: int, batch: Batch, clock: Clock, weight: float) -> Tensor:
+        """What a module below the last makes; it goes on its way before the module learns."""
+        live: DecoupledLive = state.live
         with live.worker.autocast():
-            loss = self.objective(live.parts[-1], batch, clock)
-        live.worker.backward(loss * weight)
-        return loss.detach()
+            h: Tensor = live.parts[number](batch.x)
+        if live.line:
+            live.line.send(h, number + 1)
+        if live.helpers:
+            with live.worker.autocast():
+                loss = self._local(live.helpers[number], h, batch, clock)  # type: ignore[arg-type]
+            live.worker.backward(loss * weight)
+            self.tell(state, f"loss_{live.net.ends[number]}", loss.detach() * (len(batch) / clock.batch))
+        return h.detach()
+
+    def names(self, live: DecoupledLive) -> list[str]:
+        return [f"loss_{end}" for end in live.net.ends if live.helpers]
 
     def _local(self, helper: Auxiliary, h: Tensor, batch: Batch, clock: Clock) -> Tensor:
         """() the loss of one module over the micro-batch."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from strategies.backprop import Backprop, Live, Update, amend, one_forward_one_backward
-from strategies.contract import Batch, Clock, Metrics, ModelSpec, Need, Phase, PlanError, State, Worker
+from strategies.contract import Batch, Clock, Metrics, ModelSpec, Need, Phase, Plan, PlanError, State, Worker
 from strategies.replicas import average_, copy_
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from strategies.decoupled.boundary import CutNet
+    from strategies.decoupled.roles import Line
     from strategies.net import Net
 
 
@@ -40,12 +41,19 @@ class DecoupledLive(Live):
     parts: list[Net]
     helpers: list[nn.Module]  # such as synthesisers
     helper_optimizers: list[Optimizer]
-    told: dict[str, Tensor] = field(default_factory=dict)  # this step's metrics, this worker's share
+    own: Sequence[int]  # the modules that this worker trains
+    line: Line | None  # to the workers that train the others
+    told: dict[str, Tensor] = field(default_factory=dict)  # metrics since the last step, this worker's share
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoupled(Backprop):
-    """Backprop within each module; what goes between modules, and when, is for those who come after this class."""
+    """Backprop within each module; what goes between modules, and when, is for those who come after this class.
+
+    ahead: None: all modules on each worker. Else each on workers of its own, which may be so many batches ahead of the next.
+    """
+
+    ahead: int | None = None
 
     def __post_init__(self) -> None:
         if self.gradient is not one_forward_one_backward:
@@ -55,6 +63,9 @@ class Decoupled(Backprop):
             if update.turn < 2:
                 raise PlanError(f"{update} watches whole backward passes, but decoupled modules each have their own: "
                                 "leave one of the two out")  # fmt: skip
+            if self.ahead is not None and not isinstance(update, Modules):
+                raise PlanError(f"{update} looks at all modules, but each is on workers of its own: write `roles: false`, "
+                                "or leave it out")  # fmt: skip
 
     @property
     def needs(self) -> Need:
@@ -78,26 +89,40 @@ class Decoupled(Backprop):
         """
 
     def init(self, net: Net, worker: Worker) -> State:
+        from strategies.decoupled import roles
         from strategies.decoupled.boundary import CutNet
         from strategies.net import Net
 
         if not isinstance(net, CutNet):
             raise PlanError(f"decoupled modules need the network that they were cut from, not {type(net).__name__}: "
                             "leave out what puts another in its place")  # fmt: skip
-        parts = net.parts()
+        parts, line = net.parts(), None
+        if self.ahead is not None:
+            line, worker = roles.Line(worker, net), roles.one_role(worker, len(parts))
         state = Backprop.init(dataclasses.replace(self, optimizer=OneEach(self.optimizer, parts)), net, worker)
         helpers = [h.to(device=worker.device, dtype=next(net.parameters()).dtype) for h in self.helpers(net)]
         for helper in helpers:
             copy_([*helper.parameters()], worker, 0)
         optimizers = [self.helper_optimizer(Net([], head=helper)) for helper in helpers]
         old: Live = state.live
-        state.live = DecoupledLive(net, old.model, old.optimizer, worker, parts, helpers, optimizers)
+        state.live = DecoupledLive(net, old.model, old.optimizer, worker, parts, helpers, optimizers,
+                                   [worker.role] if line else range(len(parts)), line)  # fmt: skip
         state.saved |= {"helpers": helpers, "helper_optimizers": optimizers}
         return state
 
     def step(self, state: State, batches: Sequence[Batch], clock: Clock) -> Metrics:
-        state.live.told = {}
-        return Backprop.step(self, state, batches, clock) | state.live.told
+        live: DecoupledLive = state.live
+        if live.line:
+            live.line.begin([len(batch) for batch in batches], self.ahead or 0)
+        metrics = Backprop.step(self, state, batches, clock)
+        for name in self.names(live):  # all workers tell the same ones
+            live.told.setdefault(name, metrics["loss"].new_zeros(()))
+        metrics, live.told = metrics | live.told, {}
+        return metrics
+
+    def names(self, live: DecoupledLive) -> list[str]:
+        """Of what is told by the workers of some modules only."""
+        return []
 
     def _micro(self, state: State, batch: Batch, clock: Clock, last: bool) -> Tensor:
         share = len(batch) / clock.batch
@@ -120,6 +145,18 @@ class Decoupled(Backprop):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+    def settle(self, state: State) -> None:
+        from strategies.decoupled.roles import share_out
+
+        Backprop.settle(self, state)
+        if state.live.line:
+            share_out(state.live, state.live.line.worker)
+
+    def finish(self, state: State) -> None:
+        Backprop.finish(self, state)
+        if state.live.line:
+            state.live.line.close()
+
 
 @dataclass(frozen=True, slots=True)
 class OneEach:
@@ -132,6 +169,16 @@ class OneEach:
         from strategies.joint_optimizer import JointOptimizer
 
         return JointOptimizer(*(self.optimizer(part) for part in self.parts))
+
+
+def with_roles(plan: Plan, by: object, cuts: Sequence[int] | None) -> Plan:
+    """The plan with a role for each module."""
+    name = type(by).__name__
+    if cuts is None:
+        raise PlanError(f"{name}: roles need to know how many modules there are: state `cuts`")
+    if plan.roles > 1:
+        raise PlanError(f"{name}: the plan has {plan.roles} roles already: leave one of the two methods out")
+    return dataclasses.replace(plan, roles=len(cuts) + 1)
 
 
 def decouple(phase: Phase, by: object, cuts: Sequence[int] | None, kind: type[Decoupled], **options: Any) -> Phase:

@@ -13,8 +13,14 @@ if TYPE_CHECKING:
 MICRO = "micro"  # to which of its worker's micro-batches an example belongs
 
 
-def whole(micros: Sequence[dict[str, Tensor]], size: int, worker: Worker) -> dict[str, Tensor]:
-    """(size, ...) for each name, alike on every rank, of each worker's share in micro-batches; and MICRO."""
+def whole(
+    micros: Sequence[dict[str, Tensor]], size: int, worker: Worker, everyone: Worker | None = None, held: bool = True
+) -> dict[str, Tensor]:
+    """(size, ...) for each name, alike on every rank, of each worker's share in micro-batches; and MICRO.
+
+    Where `worker` stands for those of one role, `everyone` is all of them, and the shares of those that have not `held` the
+    examples count as nothing.
+    """
     import torch
 
     begin, end = _bounds(size, worker)
@@ -24,8 +30,9 @@ def whole(micros: Sequence[dict[str, Tensor]], size: int, worker: Worker) -> dic
     wholes = {}
     for name, own_part in share.items():
         wholes[name] = own_part.new_zeros(size, *own_part.shape[1:])
-        wholes[name][begin:end] = own_part
-        worker.sum_(wholes[name])
+        if held:
+            wholes[name][begin:end] = own_part
+        (everyone or worker).sum_(wholes[name])
     return wholes
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from strategies.contract import Batch, Clock, Metrics, State, Worker
 from strategies.decoupled.learner import Decoupled, DecoupledLive
-from strategies.decoupled.waiting import Pair, Waiting
+from strategies.decoupled.waiting import Arrival, Arrive, Pair, Waiting, at_once
 from strategies.optimizers import AdamW
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class Synthetic(Decoupled):
         state = Decoupled.init(self, net, worker)
         old: DecoupledLive = state.live
         values = {f.name: getattr(old, f.name) for f in dataclasses.fields(DecoupledLive)}
-        state.live = SyntheticLive(**values, waiting=Waiting(worker, len(old.parts) - 1))
+        held, everyone = [n for n in old.own if n < len(old.parts) - 1], old.line.worker if old.line else None
+        state.live = SyntheticLive(**values, waiting=Waiting(old.worker, len(old.parts) - 1, held, everyone))
         state.saved["waiting"] = None
         return state
 
@@ -89,39 +90,115 @@ class Synthetic(Decoupled):
         return Decoupled.step(self, state, batches, clock)
 
     def exchange(self, state: State, batch: Batch, clock: Clock, weight: float) -> Tensor:
+        import torch
+
         from strategies.decoupled.boundary import forward
 
         live: SyntheticLive = state.live
+        if live.line:
+            return self._alone(state, batch, clock, weight)
+        unit = live.worker.size / clock.batch
         guessed = [live.guess_input(cut, batch.x) for cut in range(len(live.parts) - 1) if self.guess_inputs]
         given, made = forward(live.parts, batch.x, live.worker, guessed)
-        with live.worker.autocast():
-            loss = self.objective(live.parts[-1], dataclasses.replace(batch, x=given[-1]), clock)
-        live.worker.backward(loss * weight)
+        loss = self._top(live, dataclasses.replace(batch, x=given[-1]), clock, weight)
         for cut in reversed(range(len(made))):
-            self._cross(state, cut, made[cut], given[cut + 1], batch.y, clock)
+            back = given[cut + 1].grad
+            assert back is not None
+            target = back.to(torch.promote_types(back.dtype, torch.float32)) / unit
+            pair = Pair(made[cut].detach(), batch.y, target)
+            guess = self._move(state, cut, made[cut], pair, back, clock)
+            self._tell_cosine(state, cut, guess, target, clock)
+            self._learn(state, cut, guess, pair, at_once, clock)
         for guess, true in zip(guessed, made, strict=False):
-            live.learn(guess, true.detach(), live.worker.size / clock.batch)
+            live.learn(guess, true.detach(), unit)
+        return loss
+
+    def _top(self, live: SyntheticLive, batch: Batch, clock: Clock, weight: float) -> Tensor:
+        """The last module's forward and backward pass."""
+        with live.worker.autocast():
+            loss = self.objective(live.parts[-1], batch, clock)
+        live.worker.backward(loss * weight)
         return loss.detach()
 
-    def _cross(self, state: State, cut: int, made: Tensor, given: Tensor, y: Tensor, clock: Clock) -> None:
-        """Backward over one cut: what the module above gave for `given` becomes what the one below gets for `made`."""
+    def _alone(self, state: State, batch: Batch, clock: Clock, weight: float) -> Tensor:
+        """As `exchange`, for the one module of this worker's role."""
+        from strategies.decoupled.boundary import boundary
+
+        live: SyntheticLive = state.live
+        line, number = live.line, live.own[0]
+        assert line
+        self._stand_in(live, number, batch)
+        x = boundary(line.take()) if number else batch.x
+        if number == len(live.parts) - 1:
+            loss = self._top(live, dataclasses.replace(batch, x=x), clock, weight)
+            if number:
+                line.send(x.grad, number - 1)
+            return loss
+        self._middle(state, x, batch.y, clock)
+        return batch.x.new_zeros(())
+
+    def _middle(self, state: State, x: Tensor, y: Tensor, clock: Clock) -> None:
+        """A module that is not the last: what it makes goes up before it moves, and its gradient down before it learns."""
+        live: SyntheticLive = state.live
+        line, number, unit = live.line, live.own[0], live.worker.size / clock.batch
+        assert line
+        with live.worker.autocast():
+            h = live.parts[number](x)
+        line.send(h, number + 1)
+        back, pending = line.expect(h)
+        pair = Pair(h.detach().to(back.dtype), y, back)
+
+        def then() -> None:
+            back.div_(unit)
+            self._tell_cosine(state, number, guess, back, clock)
+
+        arrival = Arrival(pending, then)
+        if self.share(clock):
+            arrival.wait()
+        guess = self._move(state, number, h, pair, back, clock)
+        if number:
+            line.send(x.grad, number - 1)
+        self._learn(state, number, guess, pair, arrival, clock)
+
+    def _stand_in(self, live: SyntheticLive, number: int, batch: Batch) -> None:
+        """For what the workers of other roles keep waiting, so that a checkpoint has the same form on all. No memory."""
+        for cut, shape in enumerate(live.net.shapes if self.queue else ()):
+            if cut != number:
+                nothing = batch.x.new_zeros(()).expand(len(batch), *shape)
+                live.waiting.add(cut, Pair(nothing, batch.y, nothing))
+
+    def _move(self, state: State, cut: int, made: Tensor, pair: Pair, back: Tensor, clock: Clock) -> Tensor:
+        """The backward pass of the module below a cut, of whose output `back` is the gradient; -> the guess."""
         import torch
 
         from strategies.decoupled.boundary import inject
 
         live: SyntheticLive = state.live
-        back, unit, share = given.grad, live.worker.size / clock.batch, self.share(clock)
-        assert back is not None
-        pair = Pair(made.detach(), y, back.to(torch.promote_types(back.dtype, torch.float32)) / unit)
+        unit, share = live.worker.size / clock.batch, self.share(clock)
         with torch.set_grad_enabled(not self.queue):
             guess = live.guess(cut, pair)
-        inject(made, share * back + (1 - share) * unit * guess.detach(), live.worker)
-        alike = torch.cosine_similarity(guess.detach().flatten(1), pair.target.flatten(1))
-        self.tell(state, f"cosine_{live.net.ends[cut]}", alike.sum() / clock.batch)
+        guessed = (1 - share) * unit * guess.detach()
+        inject(made, share * back + guessed if share else guessed, live.worker)
+        return guess
+
+    def _learn(self, state: State, cut: int, guess: Tensor, pair: Pair, arrive: Arrive, clock: Clock) -> None:
+        """Now or `queue` batches later."""
+        live: SyntheticLive = state.live
         if self.queue:
-            live.waiting.add(cut, pair)
+            kept = Pair(*(t.contiguous() for t in pair))  # a checkpoint keeps no other layout
+            live.waiting.add(cut, kept, arrive)
         else:
-            live.learn(guess, pair.target, unit)
+            arrive()
+            live.learn(guess, pair.target, live.worker.size / clock.batch)
+
+    def _tell_cosine(self, state: State, cut: int, guess: Tensor, target: Tensor, clock: Clock) -> None:
+        import torch
+
+        alike = torch.cosine_similarity(guess.detach().flatten(1), target.flatten(1))
+        self.tell(state, self.names(state.live)[cut], alike.sum() / clock.batch)
+
+    def names(self, live: DecoupledLive) -> list[str]:
+        return [f"cosine_{end}" for end in live.net.ends]
 
     def _apply(self, state: State, clock: Clock) -> None:
         live: SyntheticLive = state.live
@@ -129,6 +206,10 @@ class Synthetic(Decoupled):
             for cut, pair, batch in live.waiting.due(self.queue, clock.batch):
                 live.learn(live.guess(cut, pair), pair.target, live.worker.size / batch)
         Decoupled._apply(self, state, clock)
+
+    def settle(self, state: State) -> None:
+        state.live.waiting.arrive()
+        Decoupled.settle(self, state)
 
     def gather(self, state: State) -> None:
         Decoupled.gather(self, state)

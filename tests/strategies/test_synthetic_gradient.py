@@ -159,7 +159,7 @@ def targets(rig: Rig) -> dict[int, Tensor]:
     rig.learner = dataclasses.replace(rig.learner, queue=1)
     rig.learner.exchange(rig.state, rig.batch, rig.clock(), 1.0)
     for cut, pairs in enumerate(rig.state.live.waiting.fresh):
-        (pair,) = pairs
+        ((pair, _),) = pairs
         seen[cut] = pair.target
     return seen
 
@@ -289,7 +289,7 @@ def test_what_waits_is_saved_whole_and_shared_out_again() -> None:
     batch = random_batch(WIDTH, 5)
     whole = Waited(batch.x, batch.y, -batch.x)
     shares = [[(0, 2)], [(2, 4), (4, 5)]]
-    waits = [Waiting(Alone(rank), 1) for rank in (0, 1)]  # type: ignore[arg-type]
+    waits = [Waiting(Alone(rank), 1, [0]) for rank in (0, 1)]  # type: ignore[arg-type]
     for waiting, bounds in zip(waits, shares, strict=True):
         for begin, end in bounds:
             waiting.add(0, Waited(*(t[begin:end] for t in whole)))

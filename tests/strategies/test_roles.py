@@ -1,0 +1,176 @@
+"""Modules on workers of their own: bit for bit what one worker makes of the same plan, however far they run apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from orchestrator.compose import check
+from strategies.contract import ModelSpec, Plan, PlanError
+from strategies.ema import Ema
+from strategies.local_loss import LocalLoss
+from strategies.net import Net
+from strategies.synthetic_gradient import SyntheticGradient
+from tests.strategies.cases import with_stages
+from tests.strategies.harness import WIDTH, Blobs, Trained, baseline, distance, train
+from tests.workers import run_workers
+
+CUTS = [1, 2]
+Job = tuple[str, dict[str, Any], dict[str, Any]]  # a strategy's kind and options, options of training
+KINDS: dict[str, Any] = {"dgl": LocalLoss, "dni": SyntheticGradient}
+
+
+def three_stages(inputs: tuple[int, ...], classes: int) -> Net:
+    """With running statistics, and dtypes that differ: batch norms count batches."""
+    sizes = ((WIDTH, 8), (8, 7), (7, 6))
+    stages = [nn.Sequential(nn.Linear(size, out), nn.BatchNorm1d(out), nn.Tanh()) for size, out in sizes]
+    return Net(stages, head=nn.Linear(6, classes))
+
+
+def base() -> Plan:
+    return baseline(epochs=2).map(lambda phase: dataclasses.replace(phase, model=ModelSpec(three_stages)))
+
+
+def on_workers(worker: Any, jobs: list[Job], directory: Path) -> list[Trained]:
+    """Each job's plan, trained by this worker among others."""
+    found = []
+    for number, (kind, options, how) in enumerate(jobs):
+        plan = KINDS[kind](cuts=CUTS, **options).edit(base())
+        found.append(train(plan, directory / str(number), worker=worker, **how))
+    return found
+
+
+def on_one(kind: str, options: dict[str, Any], directory: Path, **how: Any) -> Trained:
+    left = {name: value for name, value in options.items() if name not in ("roles", "ahead")}
+    return train(KINDS[kind](cuts=CUTS, **left).edit(base()), directory, **how)
+
+
+def untimed(trained: Trained, late: bool) -> list[dict[str, object]]:
+    """Rows, but for times, and for cosines where they come late."""
+    timed = ("second", "cosine") if late else ("second",)
+    return [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in trained.rows]
+
+
+def assert_alike(apart: Trained, alone: Trained, late: bool = False) -> None:
+    assert distance(apart, alone) == 0
+    for a, b in zip(untimed(apart, late), untimed(alone, late), strict=True):
+        assert a == pytest.approx(b, rel=1e-12)
+
+
+JOBS: list[Job] = [
+    ("dgl", {"ahead": 0}, {}),
+    ("dgl", {"ahead": 2}, {"log_steps": 5}),
+    ("dgl", {"ahead": 1, "loss": "predsim"}, {"micro_batch": 5}),
+    ("dni", {"roles": True, "queue": 0, "rate": 0.01}, {}),
+    ("dni", {"roles": True, "queue": 2, "rate": 0.01}, {"log_steps": 5}),
+    ("dni", {"roles": True, "queue": 1, "share": 0.2, "share_epochs": 1.0}, {"micro_batch": 5}),
+]
+
+
+def test_three_roles_equal_one_worker(tmp_path: Path) -> None:
+    (found, *_) = run_workers(on_workers, 3, JOBS, tmp_path / "apart")
+    for number, ((kind, options, how), apart) in enumerate(zip(JOBS, found, strict=True)):
+        alone = on_one(kind, options, tmp_path / f"alone {number}", **how)
+        assert_alike(apart, alone, late=bool(options.get("queue")))
+
+
+def interrupted(worker: Any, job: Job, directory: Path) -> str:
+    try:
+        on_workers(worker, [job], directory)
+    except InterruptedError:
+        return "interrupted"
+    return "not interrupted"
+
+
+@pytest.mark.parametrize("job", [JOBS[2], JOBS[4]], ids=["dgl", "dni"])
+@pytest.mark.slow
+def test_roles_resume_from_the_checkpoint_of_rank_0(job: Job, tmp_path: Path) -> None:
+    """Momentum, synthesisers and what they wait for included, of modules that rank 0 does not train."""
+    kind, options, how = job
+    how = how | {"log_steps": 1, "save_seconds": 0}
+    broken = (kind, options, how | {"data": Blobs(fail_at=60)})
+    assert run_workers(interrupted, 3, broken, tmp_path / "apart") == ["interrupted"] * 3
+    assert list((tmp_path / "apart" / "0" / "trial" / "checkpoints").glob("step_*"))
+    (resumed, *_) = run_workers(on_workers, 3, [(kind, options, how)], tmp_path / "apart")
+    alone = on_one(kind, options, tmp_path / "alone", log_steps=1, micro_batch=how.get("micro_batch", 64))
+    assert distance(resumed[0], alone) == 0
+
+
+def two_by_two(worker: Any, directory: Path) -> list[Trained]:
+    found = []
+    for number, (kind, options) in enumerate(REPLICATED):
+        plan = KINDS[kind](cuts=[1], **options).edit(with_stages(baseline(batch=11)))
+        found.append(train(plan, directory / str(number), worker=worker))
+    return found
+
+
+REPLICATED: list[tuple[str, dict[str, Any]]] = [
+    ("dgl", {"ahead": 1}), ("dni", {"roles": True, "queue": 1, "rate": 0.01})
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_replicas_of_roles_share_out_the_batch(tmp_path: Path) -> None:
+    """Two replicas of two modules, on 5 and 6 examples of each batch."""
+    found = run_workers(two_by_two, 4, tmp_path / "apart")
+    for number, (kind, options) in enumerate(REPLICATED):
+        left = {name: value for name, value in options.items() if name not in ("roles", "ahead")}
+        alone = train(KINDS[kind](cuts=[1], **left).edit(with_stages(baseline(batch=11))), tmp_path / str(number))
+        assert distance(found[0][number], alone) < 1e-12
+
+
+def messages(worker: Any) -> list[float]:
+    """Of two roles in two replicas: five messages to the other role, received in the order in which they were sent."""
+    worker.take_roles(2)
+    other, sent = 1 - worker.role, [torch.full((3,), 10.0 * worker.rank + i) for i in range(5)]
+    got = [torch.zeros(3) for _ in sent]
+    pending = [worker.recv(t, other) for t in got] + [worker.send(t, other) for t in sent]
+    for one in pending:
+        one.wait()
+    total = worker.sum_role_(torch.tensor([float(worker.rank)]))
+    return [*(float(t[2]) for t in got), float(total)]
+
+
+@pytest.mark.slow
+def test_messages_stay_in_order_within_a_replica() -> None:
+    first, second, third, fourth = run_workers(messages, 4)
+    assert first == [10.0, 11.0, 12.0, 13.0, 14.0, 0.0 + 2.0]
+    assert second == [0.0, 1.0, 2.0, 3.0, 4.0, 1.0 + 3.0]
+    assert third == [30.0, 31.0, 32.0, 33.0, 34.0, 2.0]
+    assert fourth == [20.0, 21.0, 22.0, 23.0, 24.0, 4.0]
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("strategy", [LocalLoss(cuts=CUTS, ahead=1), SyntheticGradient(cuts=CUTS, roles=True)])
+def test_roles_ask_for_an_engine_that_sends(strategy: Any) -> None:
+    plan = strategy.edit(base())
+    assert plan.roles == 3
+    check(plan, "ddp")
+    with pytest.raises(PlanError, match="ROLES"):
+        check(plan, "solo")
+
+
+def test_what_roles_cannot_do_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="state `cuts`"):
+        LocalLoss(ahead=1).edit(base())
+    with pytest.raises(PlanError, match="leave out `inputs` or `roles`"):
+        SyntheticGradient(inputs=True, roles=True)
+    with pytest.raises(PlanError, match="looks at all modules"):
+        Ema().edit(LocalLoss(cuts=CUTS, ahead=1).edit(base()))
+    with pytest.raises(PlanError, match="has 3 roles already"):
+        SyntheticGradient(cuts=CUTS, roles=True).edit(LocalLoss(cuts=CUTS, ahead=1).edit(base()))
+    with pytest.raises(PlanError, match="take a multiple of 3"):
+        train(LocalLoss(cuts=CUTS, ahead=1).edit(base()), tmp_path)
+
+
+def test_one_module_has_one_role(tmp_path: Path) -> None:
+    plan = LocalLoss(cuts=[], ahead=1).edit(base())
+    assert plan.roles == 1
+    assert distance(train(plan, tmp_path / "role"), train(base(), tmp_path / "plain")) == 0
