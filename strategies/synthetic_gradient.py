@@ -10,7 +10,8 @@ is fully synthetic, and in between lies BP(lambda). M and T are of the loss summ
 not change what M has to learn. `queue`: M learns from a batch so many batches later, as where modules run apart. `inputs`: in
 training, a module is given a guess of its input (full unlock); synthesisers of inputs learn from what modules make.
 
-The synthesisers as published (`deep`) cost more than the network itself, and without labels they learn little.
+With `roles`, each module has workers of its own. The synthesisers as published (`deep`) cost more than the network itself, and
+without labels they learn little.
 """
 
 from __future__ import annotations

@@ -115,10 +115,19 @@ class Decoupled(Backprop):
         if live.line:
             live.line.begin([len(batch) for batch in batches], self.ahead or 0)
         metrics = Backprop.step(self, state, batches, clock)
-        for name in self.names(live):  # all workers tell the same ones
-            live.told.setdefault(name, metrics["loss"].new_zeros(()))
+        if live.line:
+            self._tell_all(state, live.line, metrics["loss"])
         metrics, live.told = metrics | live.told, {}
         return metrics
+
+    def _tell_all(self, state: State, line: Line, like: Tensor) -> None:
+        """Workers of all modules tell metrics of the same names."""
+        live: DecoupledLive = state.live
+        idle = [f"idle_seconds_{number}" for number in range(len(live.parts))]
+        for name in (*self.names(live), *idle):
+            live.told.setdefault(name, like.new_zeros(()))
+        self.tell(state, idle[line.role], like.new_tensor(line.idle / live.worker.size))
+        line.idle = 0.0
 
     def names(self, live: DecoupledLive) -> list[str]:
         """Of what is told by the workers of some modules only."""

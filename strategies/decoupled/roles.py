@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -43,12 +44,27 @@ class OneRole:
         optimizer.zero_grad(set_to_none=True)
 
 
+class Timed:
+    """A message whose waits count as its line's idle time."""
+
+    def __init__(self, message: Pending, line: Line):
+        self.message, self.line = message, line
+
+    def wait(self) -> None:
+        begun = time.perf_counter()
+        self.message.wait()
+        self.line.idle += time.perf_counter() - begun
+
+
 class Line:
     """Messages between this worker's module and its neighbours'.
 
     Activations go up and gradients down, a message for each micro-batch; what comes next from below is awaited one message
-    ahead. At most as many batches of messages as `begin` is told wait on their way to a neighbour.
+    ahead. At most as many batches of messages as `begin` is told wait on their way to a neighbour. `idle`: seconds spent in
+    waiting for neighbours, which the learner tells and sets to zero.
     """
+
+    idle = 0.0
 
     def __init__(self, worker: Worker, net: CutNet):
         self.worker, self.shapes, self.role = worker, net.shapes, worker.role
@@ -66,7 +82,7 @@ class Line:
         assert t is not None, "a module's input has a gradient"
         t = t.detach().to(self.like.dtype).contiguous()
         waiting = self.sent.setdefault(role, deque())
-        waiting.append((t, self.worker.send(t, role)))
+        waiting.append((t, Timed(self.worker.send(t, role), self)))
         while len(waiting) > self.most:
             waiting.popleft()[1].wait()
 
@@ -81,11 +97,11 @@ class Line:
     def expect(self, h: Tensor) -> tuple[Tensor, Pending]:
         """Room for what comes back from above for `h`."""
         t = self.like.new_empty(h.shape, requires_grad=False)
-        return t, self.worker.recv(t, self.role + 1)
+        return t, Timed(self.worker.recv(t, self.role + 1), self)
 
     def _post(self, number: int) -> tuple[Tensor, Pending]:
         t = self.like.new_empty(self.lengths[number], *self.shapes[self.role - 1], requires_grad=False)
-        return t, self.worker.recv(t, self.role - 1)
+        return t, Timed(self.worker.recv(t, self.role - 1), self)
 
     def close(self) -> None:
         """Until all messages have arrived; an empty one for the neighbour above, which awaits the next."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator.compose import check
+from orchestrator.compose import check, compose
+from orchestrator.recipe import expand
+from orchestrator.recipe.load import loads
 from strategies.contract import ModelSpec, Plan, PlanError
 from strategies.ema import Ema
 from strategies.local_loss import LocalLoss
@@ -77,6 +80,22 @@ def test_three_roles_equal_one_worker(tmp_path: Path) -> None:
     for number, ((kind, options, how), apart) in enumerate(zip(JOBS, found, strict=True)):
         alone = on_one(kind, options, tmp_path / f"alone {number}", **how)
         assert_alike(apart, alone, late=bool(options.get("queue")))
+
+
+def test_idle_time_is_told_of_each_module(tmp_path: Path) -> None:
+    """Of a module that waits for one that is slow; as seconds in a step."""
+    (found, *_) = run_workers(slow_first_module, 2, tmp_path)
+    rows = found.rows
+    assert all(row["train_idle_seconds_1"] >= 0.02 for row in rows)
+    assert all(0 <= row["train_idle_seconds_0"] < row["train_idle_seconds_1"] for row in rows)
+
+
+def slow_first_module(worker: Any, directory: Path) -> Trained:
+    if worker.rank == 0:
+        send = worker.send
+        worker.send = lambda t, role: (time.sleep(0.03), send(t, role))[1]
+    plan = LocalLoss(cuts=[1], ahead=1).edit(with_stages(baseline(epochs=1)))
+    return train(plan, directory, worker=worker)
 
 
 def interrupted(worker: Any, job: Job, directory: Path) -> str:
@@ -168,6 +187,24 @@ def test_what_roles_cannot_do_is_refused(tmp_path: Path) -> None:
         SyntheticGradient(cuts=CUTS, roles=True).edit(LocalLoss(cuts=CUTS, ahead=1).edit(base()))
     with pytest.raises(PlanError, match="take a multiple of 3"):
         train(LocalLoss(cuts=CUTS, ahead=1).edit(base()), tmp_path)
+
+
+RECIPE = """\
+study: roles
+workload: {data: digits, model: {mlp: {depth: 4}}, evaluate: {epochs: 1}}
+engine: ddp
+cluster: {workers: 3}
+base: {optimizer: {sgd: {}}, epochs: 1, batch: 32, rate: {peak: 0.1}}
+strategies: [{local_loss: {cuts: [2], ahead: 1}}]
+"""
+
+
+def test_a_recipe_states_workers_for_each_role() -> None:
+    (trial,) = expand(loads(RECIPE, "recipe.yaml", ()), "data", "fp32")
+    with pytest.raises(PlanError, match=r"cluster\.workers is 3: take a multiple of 2"):
+        compose(trial, examples=100)
+    (trial,) = expand(loads(RECIPE, "recipe.yaml", ("cluster.workers=4",)), "data", "fp32")
+    assert compose(trial, examples=100).roles == 2
 
 
 def test_one_module_has_one_role(tmp_path: Path) -> None:
