@@ -6,10 +6,11 @@ The reference implementation: all modules of one minibatch one after the other o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from strategies.batch_norm import reestimate, tracking
 from strategies.contract import Batch, Clock, Metrics, State, Worker
 from strategies.decoupled.learner import Decoupled, DecoupledLive
 from strategies.decoupled.waiting import Arrival, Arrive, Pair, Waiting, at_once
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from strategies.decoupled.boundary import CutNet
     from strategies.net import Net
 
+ESTIMATED = 1024  # training examples, at most, over which batch norms' statistics are estimated anew
 Kind: TypeAlias = Literal["deep", "linear", "affine", "low_rank", "pooled"]
 
 
@@ -210,6 +212,12 @@ class Synthetic(Decoupled):
     def settle(self, state: State) -> None:
         state.live.waiting.arrive()
         Decoupled.settle(self, state)
+
+    def refresh(self, state: State, read: Callable[[int], Batch]) -> None:
+        """Running statistics that saw guessed inputs are estimated anew, since evaluation passes real ones."""
+        Decoupled.refresh(self, state, read)
+        if self.guess_inputs and tracking(state.live.net):
+            reestimate(state.live.net, read(ESTIMATED).x, state.live.worker)
 
     def gather(self, state: State) -> None:
         Decoupled.gather(self, state)

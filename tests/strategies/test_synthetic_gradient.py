@@ -348,6 +348,18 @@ def test_with_guessed_inputs_a_network_learns(tmp_path: Path) -> None:
     assert rows[-1]["test_loss"] < 0.5 * rows[0]["train_loss"]
 
 
+def test_after_guessed_inputs_running_statistics_are_those_of_real_ones() -> None:
+    """In evaluation, the examples read pass as they would in training, in one batch and from end to end."""
+    rig = Rig(cnn, IMAGES, guess_inputs=True)
+    for step in range(3):
+        rig.step(step)
+    rig.learner.refresh(rig.state, lambda n: rig.batch)
+    with torch.no_grad():
+        found = rig.learner.predict(rig.state, rig.batch.x)
+        expected = rig.net.train()(rig.batch.x)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-10)
+
+
 # ------------------------------------------------------------------------------------------------- options and refusals
 
 
