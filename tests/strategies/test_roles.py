@@ -15,6 +15,8 @@ from orchestrator.compose import check, compose
 from orchestrator.recipe import expand
 from orchestrator.recipe.load import loads
 from strategies.contract import ModelSpec, Plan, PlanError
+from strategies.decoupled.boundary import build
+from strategies.decoupled.roles import Line
 from strategies.ema import Ema
 from strategies.local_loss import LocalLoss
 from strategies.net import Net
@@ -96,6 +98,31 @@ def slow_first_module(worker: Any, directory: Path) -> Trained:
         worker.send = lambda t, role: (time.sleep(0.03), send(t, role))[1]
     plan = LocalLoss(cuts=[1], ahead=1).edit(with_stages(baseline(epochs=1)))
     return train(plan, directory, worker=worker)
+
+
+class Mail:
+    """A worker whose messages arrive when they are waited for."""
+
+    role = 0
+
+    def __init__(self) -> None:
+        self.under_way: list[Mail] = []
+
+    def send(self, t: torch.Tensor, role: int) -> Any:
+        self.under_way.append(Mail())
+        self.under_way[-1].wait = lambda own=self.under_way[-1]: self.under_way.remove(own)  # type: ignore[attr-defined]
+        return self.under_way[-1]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_no_more_than_so_many_batches_are_under_way(ahead: int) -> None:
+    mail = Mail()
+    line = Line(mail, build((WIDTH,), 3, ModelSpec(three_stages), (1,)))  # type: ignore[arg-type]
+    line.begin([4, 4], ahead)
+    for _ in range(9):
+        line.send(torch.zeros(4, 8), 1)
+        assert len(mail.under_way) <= 2 * ahead
+    assert len(mail.under_way) == 2 * ahead
 
 
 def interrupted(worker: Any, job: Job, directory: Path) -> str:
