@@ -9,7 +9,7 @@ import torch
 from orchestrator.workloads.order import share
 from strategies.contract import Phase, State, Worker
 from strategies.net import Net
-from strategies.replicas import average_
+from strategies.parts.replicas import average_
 
 CHUNK = {"cpu": 256, "cuda": 4096}  # examples per forward pass: small enough for a CPU's cache, enough to fill a GPU
 

@@ -25,8 +25,8 @@ from orchestrator.files import read_json, sync_directory, write_json
 from orchestrator.identity import feature_key, feature_maker
 from orchestrator.workloads.order import share
 from strategies.contract import Batch, Metrics, PlanError, Worker
-from strategies.frozen import channels_last, through
 from strategies.net import Net
+from strategies.parts.frozen import channels_last, through
 
 if TYPE_CHECKING:
     from orchestrator.trainer import Job

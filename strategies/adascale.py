@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from strategies.backprop import Backprop, Update, amend
 from strategies.contract import Clock, Metrics, Need, Phase, Plan, PlanError, Schedule, State, Strategy, Worker, option
-from strategies.noise_probe import NoiseProbe
 from strategies.optimizers import Sgd
+from strategies.parts.noise_probe import NoiseProbe
 
 if TYPE_CHECKING:
     from strategies.net import Net

@@ -35,7 +35,7 @@ class PassOn:
     def __call__(self, net: Net, read: Callable[[int], Batch]) -> None:
         from torch import nn
 
-        from strategies.layers import convolutions
+        from strategies.parts.layers import convolutions
 
         later = [conv for conv in convolutions(net)[1:] if conv.groups == 1]
         if not later:

@@ -58,7 +58,7 @@ class Project(Precondition):
             raise PlanError("fop changes natural_gradient: name natural_gradient once, and before it")
 
     def init(self, net: Net, worker: Worker) -> State:
-        from strategies.fisher_projection import Halves
+        from strategies.parts.fisher_projection import Halves
 
         state = Precondition.init(self, net, worker)
         return State(state.saved, Halves(worker, state.live))
@@ -86,7 +86,7 @@ class Halved:
         return getattr(self.inner, "needs", Need.NOTHING)
 
     def __call__(self, step: Step) -> Tensor:
-        from strategies.fisher_projection import Halves
+        from strategies.parts.fisher_projection import Halves
 
         kept = next(state for state in step.updates if isinstance(state.live, Halves))
         kept.live.meet(step)

@@ -41,7 +41,7 @@ class SplitNorms:
     in_order: bool
 
     def __call__(self, net: Net) -> Net:
-        from strategies.ghost_layer import split
+        from strategies.parts.ghost_layer import split
 
         return split(net, self.size, self.in_order)
 
@@ -51,7 +51,7 @@ class RunningMeans(Update):
     """Moves running statistics once per step, alike on all workers: neither their number nor micro-batches matter."""
 
     def init(self, net: Net, worker: Worker) -> State:
-        from strategies.ghost_layer import ghosts
+        from strategies.parts.ghost_layer import ghosts
 
         layers = ghosts(net)
         for layer in layers:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from strategies.backprop import Gradient, Step, Update, amend
 from strategies.contract import Clock, Need, Phase, Plan, State, Strategy, Worker, option
-from strategies.displaced import displaced
-from strategies.replicas import gathered, scatter_
+from strategies.parts.displaced import displaced
+from strategies.parts.replicas import gathered, scatter_
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,7 +1,7 @@
 """Kernel rescaling: a cheap run on small images with small kernels, which grow together to those of the model.
 
 After de Gusmao, Francini, Lepsoy & Magli 2016, arXiv 1610.03623: a convolution stays the same under a common change of scale of
-images and kernels. All choices are our own, since no code and no details are published. See `strategies.kernel_growth` for
+images and kernels. All choices are our own: no code and no details are published. See `strategies.parts.kernel_growth` for
 how weights and learner state grow. Every phase but the last has smaller kernels, and images as much smaller unless `scales`
 says otherwise, on which it is also evaluated. Strides, biases, norms and pooling windows stay as they are; layers behind a
 flattened map are convolutions with a kernel as large as the map. The schedule of the rate goes on over all phases. The rate
@@ -17,9 +17,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 from strategies.contract import ModelSpec, Phase, Plan, PlanError, Strategy, option
-from strategies.kernel_growth import Amplitude, Grow, Interpolation
-from strategies.layers import WholeLayers
-from strategies.resizing import Recalibrate, Resize, cut, only_phase, resized
+from strategies.parts.kernel_growth import Amplitude, Grow, Interpolation
+from strategies.parts.layers import WholeLayers
+from strategies.parts.resizing import Recalibrate, Resize, cut, only_phase, resized
 
 if TYPE_CHECKING:
     from strategies.net import Net

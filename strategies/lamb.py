@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from strategies.backprop import amend
 from strategies.contract import Plan, PlanError, Strategy, option
-from strategies.layers import WholeLayers, layer_groups
 from strategies.optimizers import AdamW
+from strategies.parts.layers import WholeLayers, layer_groups
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -43,7 +43,7 @@ class LayerwiseAdam:
     clip: float | None
 
     def __call__(self, net: Net) -> Optimizer:
-        from strategies.trust_ratio import LambOptimizer
+        from strategies.parts.trust_ratio import LambOptimizer
 
         adamw = self.adamw
         return LambOptimizer(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 
 from strategies.backprop import amend
 from strategies.contract import Plan, PlanError, Strategy, option
-from strategies.layers import WholeLayers, layer_groups
 from strategies.optimizers import Sgd
+from strategies.parts.layers import WholeLayers, layer_groups
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -44,7 +44,7 @@ class LayerwiseSgd:
     rate_inside: bool
 
     def __call__(self, net: Net) -> Optimizer:
-        from strategies.trust_ratio import LarsOptimizer
+        from strategies.parts.trust_ratio import LarsOptimizer
 
         layers = layer_groups(net, self.sgd.weight_decay, self.trust)
         return LarsOptimizer(layers, self.sgd.momentum, self.sgd.nesterov, self.rate_inside)

@@ -2,7 +2,7 @@
 
 Natural gradients at large batches find sharp minima of the training loss; that paper smooths the loss, and the group's later
 ImageNet runs mix examples in a running fashion and erase parts of images (Osawa et al. 2019, arXiv 1811.12019). Smoothing goes
-with any optimizer here. `alpha`: running mixup (strategies/running_mixup.py); `erase`: random erasing, after all mixing;
+with any optimizer here. `alpha`: running mixup (strategies/parts/running_mixup.py); `erase`: random erasing, after all mixing;
 `sigma`: E L(w + u) over Gaussian u. Each may fall to 0 over a phase: graduated optimisation.
 """
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from strategies.backprop import Gradient, amend
-from strategies.batch_maps import with_map
 from strategies.contract import Clock, Phase, Plan, Schedule, Strategy, option
-from strategies.random_erasing import SMALLEST, Erase
+from strategies.parts.batch_maps import with_map
+from strategies.parts.random_erasing import SMALLEST, Erase
+from strategies.parts.running_mixup import RunningMixup
+from strategies.parts.weight_noise import SeveralPasses, WeightNoise
 from strategies.rate import Constant, Cosine, Polynomial
-from strategies.running_mixup import RunningMixup
-from strategies.weight_noise import SeveralPasses, WeightNoise
 
 FALLS: dict[str, Constant | Cosine | Polynomial] = {"none": Constant(), "linear": Polynomial(), "cosine": Cosine()}
 

@@ -10,8 +10,8 @@ import dataclasses
 import random
 from dataclasses import dataclass
 
-from strategies.batch_maps import soft, with_map
 from strategies.contract import Batch, Clock, Plan, Strategy, Stream, option
+from strategies.parts.batch_maps import soft, with_map
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from strategies.backprop import amend
 from strategies.contract import Plan, PlanError, Strategy, option
-from strategies.layers import WholeLayers
 from strategies.optimizers import AdamW, Sgd
+from strategies.parts.layers import WholeLayers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,7 +50,7 @@ class MuonAndBase:
     def __call__(self, net: Net) -> Optimizer:
         from torch.optim import Muon
 
-        from strategies.joint_optimizer import JointOptimizer, without
+        from strategies.parts.joint_optimizer import JointOptimizer, without
 
         taken, o = self.matrices(net), self.options
         group = {"params": taken, "rate_factor": o.rate}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from strategies.backprop import Backprop, Update, amend
 from strategies.contract import Clock, Need, Phase, Plan, PlanError, State, Strategy, Worker, option
-from strategies.max_change import MaxChange
+from strategies.parts.max_change import MaxChange
 
 if TYPE_CHECKING:
     from strategies.net import Net
@@ -60,7 +60,7 @@ class Precondition(Update):
             raise PlanError(f"ng_sgd preconditions gradients, but so does {others[0]}: leave one of the two out")
 
     def init(self, net: Net, worker: Worker) -> State:
-        from strategies.preconditioner import Preconditioner
+        from strategies.parts.preconditioner import Preconditioner
 
         state = State()
         state.live = Preconditioner(net, worker, self.options, state)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from strategies.backprop import Update, amend
 from strategies.contract import Clock, Metrics, Need, Plan, State, Strategy, Worker
-from strategies.noise_probe import NoiseProbe
+from strategies.parts.noise_probe import NoiseProbe
 
 if TYPE_CHECKING:
     from strategies.net import Net

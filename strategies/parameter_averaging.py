@@ -22,8 +22,8 @@ from math import ceil, inf
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 from strategies.contract import Batch, Clock, Phase, Plan, State, Strategy, Worker, option
-from strategies.local_steps import LocalSteps, stepping_alone
-from strategies.replicas import average_, copy_, gathered, tensors_in
+from strategies.parts.local_steps import LocalSteps, stepping_alone
+from strategies.parts.replicas import average_, copy_, gathered, tensors_in
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -47,7 +47,7 @@ class ByPatches:
     options: PatchAffine
 
     def __call__(self, net: Net) -> Net:
-        from strategies.patch_layer import Patches, replace
+        from strategies.parts.patch_layer import Patches, replace
 
         o = self.options
         return replace(net, Patches(o.mode, o.positions, o.count, o.chunk), o.largest)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from strategies.contract import Phase, Plan, Strategy, option
-from strategies.local_steps import LocalSteps, stepping_alone
+from strategies.parts.local_steps import LocalSteps, stepping_alone
 
 
 @dataclass(frozen=True, slots=True)

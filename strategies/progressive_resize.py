@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from strategies.contract import ModelSpec, Plan, PlanError, Strategy, option
-from strategies.resizing import Recalibrate, Resize, cut, only_phase
+from strategies.parts.resizing import Recalibrate, Resize, cut, only_phase
 
 if TYPE_CHECKING:
     from strategies.net import Net

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from strategies.backprop import amend
 from strategies.contract import Plan, PlanError, Strategy, option
-from strategies.layers import WholeLayers
-from strategies.matrix_sides import as_matrix, between, collect, eigen, sides
 from strategies.optimizers import Sgd
+from strategies.parts.layers import WholeLayers
+from strategies.parts.matrix_sides import as_matrix, between, collect, eigen, sides
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from strategies.backprop import amend
 from strategies.contract import Plan, PlanError, Strategy, option
-from strategies.layers import WholeLayers
 from strategies.optimizers import AdamW, groups
+from strategies.parts.layers import WholeLayers
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -43,8 +43,8 @@ class SoapAndAdamW:
     options: Soap
 
     def __call__(self, net: Net) -> Optimizer:
-        from strategies.joint_optimizer import JointOptimizer, without
-        from strategies.soap_optimizer import SoapMatrices
+        from strategies.parts.joint_optimizer import JointOptimizer, without
+        from strategies.parts.soap_optimizer import SoapMatrices
 
         base, o = self.base, self.options
         matrices = [group for group in groups(net, base.weight_decay) if group["params"][0].ndim >= 2]

@@ -183,14 +183,14 @@ class Part:
 
 
 def network(inputs: tuple[int, ...], classes: int, model: ModelSpec, part: Part) -> Net:
-    from strategies.staged_net import build
+    from strategies.parts.staged_net import build
 
     return build(inputs, classes, model, part)
 
 
 def take(old: Weights, net: Net) -> None:
     """Carry: frozen stages from the part before; the new ones and their head as they were made."""
-    from strategies.staged_net import StagedNet
+    from strategies.parts.staged_net import StagedNet
 
     assert isinstance(net, StagedNet), "a surgery took the staged network's place"
     net.take(old)

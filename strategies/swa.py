@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from strategies.backprop import Update, amend
-from strategies.batch_norm import reestimate, statistics, tracking
 from strategies.contract import Batch, Clock, Need, Plan, State, Strategy, Worker, option
+from strategies.parts.batch_norm import reestimate, statistics, tracking
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -94,7 +94,7 @@ def principal(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first(net: Net) -> nn.Conv2d:
-    from strategies.layers import convolutions
+    from strategies.parts.layers import convolutions
 
     found = convolutions(net)
     if not found:

@@ -15,7 +15,7 @@ from orchestrator.report.summary import Cell, Summary
 from orchestrator.report.tables import Table
 from orchestrator.report.wording import SOURCES, figures2, figures3
 from orchestrator.statistics import median
-from strategies.gradient_noise import SATURATION, saturated
+from strategies.parts.gradient_noise import SATURATION, saturated
 
 NOISE_NOTE = (
     "Noise scales in examples, with 95 % intervals in brackets; first and last are the first and last stretch of the figure. "

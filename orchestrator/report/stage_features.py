@@ -34,8 +34,8 @@ SEED = 0
 
 FEATURES_NOTE = (
     f"Linear separability: accuracy of a logistic regression (L2, C = 1) on the first {COMPONENTS} principal components of a "
-    f"stage's output, scaled as a whole; trained on the first {TRAIN} training examples as they are, tested on the first {TEST} "
-    f"test examples, or on all if there are fewer. The map is t-SNE of these test examples from {MAPPED} components "
+    f"stage's output, scaled as a whole; trained on the first {TRAIN} training examples as they are, tested on the first "
+    f"{TEST} test examples, or on all if there are fewer. The map is t-SNE of these test examples from {MAPPED} components "
     f"(perplexity 30, seed {SEED}): distances between groups and their sizes mean nothing in it."
 )
 
@@ -151,7 +151,9 @@ def _look(number: int, train: NDArray, train_y: NDArray, test: NDArray, test_y: 
         return PCA(min(most, *x.shape), svd_solver="randomized", random_state=SEED)
 
     lines = make_pipeline(components(COMPONENTS, train), LogisticRegression(max_iter=1000))
-    unit = float(train.std()) or 1.0  # of all features: scaled one by one, components that hold rounding alone would count
+    unit = (
+        float(train.std()) or 1.0
+    )  # of all features: scaled one by one, components that hold rounding alone would count
     accuracy = float(lines.fit(train / unit, train_y).score(test / unit, test_y))
     reduced = components(MAPPED, test).fit_transform(test)
     points = TSNE(perplexity=min(30.0, (len(test) - 1) / 3), init="pca", random_state=SEED).fit_transform(reduced)

@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from strategies.batch_maps import soft
+from strategies.parts.batch_maps import soft
 
 Head: TypeAlias = Literal["linear", "pooled", "deep"]
 SHRINK, LAST = 4, 2  # of the deep head: the image's side becomes a quarter, and then this

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from strategies.backprop import Backprop, Live, Update, amend, one_forward_one_backward
 from strategies.contract import Batch, Clock, Metrics, ModelSpec, Need, Phase, Plan, PlanError, State, Worker
-from strategies.replicas import average_, copy_
+from strategies.parts.replicas import average_, copy_
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -175,7 +175,7 @@ class OneEach:
     parts: Sequence[Net]
 
     def __call__(self, net: Net) -> Optimizer:
-        from strategies.joint_optimizer import JointOptimizer
+        from strategies.parts.joint_optimizer import JointOptimizer
 
         return JointOptimizer(*(self.optimizer(part) for part in self.parts))
 

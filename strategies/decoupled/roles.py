@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from strategies.contract import Pending, PlanError, Worker
-from strategies.replicas import average_, copy_, tensors_in
+from strategies.parts.replicas import average_, copy_, tensors_in
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

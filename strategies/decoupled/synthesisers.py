@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from strategies.batch_maps import soft
 from strategies.contract import PlanError
+from strategies.parts.batch_maps import soft
 
 if TYPE_CHECKING:
     from strategies.decoupled.synthetic import Guess

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from strategies.batch_norm import reestimate, tracking
 from strategies.contract import Batch, Clock, Metrics, State, Worker
 from strategies.decoupled.learner import Decoupled, DecoupledLive
 from strategies.decoupled.waiting import Arrival, Arrive, Pair, Waiting, at_once
 from strategies.optimizers import AdamW
+from strategies.parts.batch_norm import reestimate, tracking
 
 if TYPE_CHECKING:
     from torch import Tensor

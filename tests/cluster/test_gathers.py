@@ -14,7 +14,7 @@ from cluster.engines import make_worker
 from orchestrator import checkpoint
 from orchestrator.recipe.workload_schema import Target
 from orchestrator.trainer import PhaseRun
-from strategies.replicas import tensors_in
+from strategies.parts.replicas import tensors_in
 from tests.cluster.test_deepspeed import EXACT, at
 from tests.strategies import harness
 from tests.strategies.cases import with_adamw

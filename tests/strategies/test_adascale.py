@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from strategies.adascale import Adascale, gain
 from strategies.batch_growth import BatchGrowth
 from strategies.contract import Clock, PlanError
-from strategies.gradient_noise import estimate
 from strategies.lars import Lars
+from strategies.parts.gradient_noise import estimate
 from strategies.rate import Polynomial, Rate
 from tests.strategies.cases import with_adamw, with_step_decay
 from tests.strategies.harness import EXAMPLES, baseline, train

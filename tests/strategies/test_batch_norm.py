@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from cluster.engines import make_worker
-from strategies.batch_norm import reestimate, statistics, tracking
 from strategies.contract import Worker
 from strategies.net import Net
+from strategies.parts.batch_norm import reestimate, statistics, tracking
 from tests.workers import run_workers
 
 

@@ -13,11 +13,11 @@ from torch.optim import Optimizer
 from strategies.backprop import _set_rate
 from strategies.bias_rate import BiasRate, FactorOnBiases
 from strategies.contract import PlanError
-from strategies.ghost_layer import split
 from strategies.lars import LayerwiseSgd
 from strategies.muon import Muon, MuonAndBase
 from strategies.net import Net
 from strategies.optimizers import AdamW, Sgd
+from strategies.parts.ghost_layer import split
 from tests.strategies.harness import baseline, train
 
 

@@ -15,12 +15,12 @@ from strategies.backprop import Backprop
 from strategies.contract import Clock, Phase, Plan, PlanError
 from strategies.curvature.blocks import Block, block
 from strategies.curvature.layers import served
-from strategies.fisher_projection import Halves, combination, times_fisher
 from strategies.fop import Fop
 from strategies.loss_smoothing import LossSmoothing
 from strategies.natural_gradient import NaturalGradient
 from strategies.net import Net
 from strategies.optimizers import Sgd
+from strategies.parts.fisher_projection import Halves, combination, times_fisher
 from strategies.rate import Rate
 from tests.strategies.cases import with_natural_gradient
 from tests.strategies.harness import CLASSES, WIDTH, Blobs, baseline, distance, tiny_net, train

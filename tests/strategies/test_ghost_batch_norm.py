@@ -14,8 +14,8 @@ from cluster.engines import make_worker
 from orchestrator.micro_batch import largest
 from strategies.contract import Batch, Plan, PlanError
 from strategies.ghost_batch_norm import GhostBatchNorm, RunningMeans
-from strategies.ghost_layer import split
 from strategies.net import Net
+from strategies.parts.ghost_layer import split
 from tests.strategies.cases import with_batch_norm
 from tests.strategies.harness import Pair, Trained, baseline, train
 from tests.strategies.test_backprop import clock

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from strategies.gradient_noise import Noise, estimate, pooled, saturated, signal_variance, steps_needed
+from strategies.parts.gradient_noise import Noise, estimate, pooled, saturated, signal_variance, steps_needed
 
 Array = NDArray[np.float64]
 SIGNAL, TRACE, DIMENSION = 4.0, 2029.426, 1000

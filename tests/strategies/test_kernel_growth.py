@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from cluster.engines import make_worker
 from orchestrator.checkpoint import snapshot
 from strategies.backprop import Backprop, Update
-from strategies.batch_norm import reestimate
 from strategies.contract import Batch, PlanError, State
 from strategies.ema import Average
-from strategies.kernel_growth import Grow, Growth, fit, interpolated, layers
-from strategies.layers import layer_groups
 from strategies.net import Net
 from strategies.optimizers import AdamW, Sgd
+from strategies.parts.batch_norm import reestimate
+from strategies.parts.kernel_growth import Grow, Growth, fit, interpolated, layers
+from strategies.parts.layers import layer_groups
+from strategies.parts.resizing import Resize
+from strategies.parts.trust_ratio import LambOptimizer
 from strategies.rate import Rate
-from strategies.resizing import Resize
-from strategies.trust_ratio import LambOptimizer
 
 PAIRS = [(3, 5), (3, 7), (5, 7), (5, 9), (7, 13)]
 MODES = ["bilinear", "bicubic", "nearest"]

@@ -16,12 +16,12 @@ from strategies import CATALOGUE
 from strategies.backprop import amend
 from strategies.batch_growth import BatchGrowth
 from strategies.contract import Batch, Clock, ModelSpec, Phase, Plan, PlanError
-from strategies.kernel_growth import Grow
 from strategies.kernel_rescale import KernelRescale, largest_kernel, with_kernels
 from strategies.net import Net
+from strategies.parts.kernel_growth import Grow
+from strategies.parts.resizing import Continued, Resize
 from strategies.progressive_resize import ProgressiveResize
 from strategies.rate import Constant, Cosine, Rate, Steps
-from strategies.resizing import Continued, Resize
 from tests.strategies.cases import CASES, with_large_kernels, with_step_decay
 from tests.strategies.harness import IMAGES, Blobs, Trained, baseline, distance, train
 

@@ -8,7 +8,7 @@ import torch
 from strategies.contract import Need, PlanError
 from strategies.lars import Lars, LayerwiseSgd
 from strategies.optimizers import Sgd
-from strategies.trust_ratio import LarsOptimizer
+from strategies.parts.trust_ratio import LarsOptimizer
 from tests.strategies.by_hand import Vectors, steps
 from tests.strategies.cases import with_adamw
 from tests.strategies.harness import baseline

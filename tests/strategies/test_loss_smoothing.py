@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from strategies import running_mixup
 from strategies.backprop import Step, one_forward_one_backward
 from strategies.contract import Batch, Clock, Need, PlanError, Stream
 from strategies.loss_smoothing import LossSmoothing, Strength
 from strategies.mixup import Mixup
 from strategies.net import Net
 from strategies.noise_scale import NoiseScale
-from strategies.random_erasing import Erase, rectangles
+from strategies.parts import running_mixup
+from strategies.parts.random_erasing import Erase, rectangles
+from strategies.parts.running_mixup import RunningMixup, shares
+from strategies.parts.weight_noise import WeightNoise
 from strategies.rate import Constant, Polynomial
-from strategies.running_mixup import RunningMixup, shares
-from strategies.weight_noise import WeightNoise
 from tests.strategies.harness import CLASSES, Blobs, baseline
 
 BATCH = 12

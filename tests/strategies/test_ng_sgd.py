@@ -15,12 +15,12 @@ from torch.nn.functional import cross_entropy, pad
 from cluster.engines import make_worker
 from strategies.backprop import Backprop
 from strategies.contract import Batch, Clock, Plan, PlanError
-from strategies.max_change import MaxChange
 from strategies.natural_gradient import NaturalGradient
 from strategies.net import Net
 from strategies.ng_sgd import NgSgd
-from strategies.online_fisher import Factor, Sums, start
 from strategies.optimizers import Sgd
+from strategies.parts.max_change import MaxChange
+from strategies.parts.online_fisher import Factor, Sums, start
 from strategies.rate import Rate
 from tests.strategies.cases import convolved_net, normalised_net
 from tests.strategies.harness import CLASSES, IMAGES, WIDTH, Blobs, baseline, distance, tiny_net, train
@@ -115,7 +115,7 @@ def test_a_convolution_goes_by_the_rows_and_columns_of_its_gradient() -> None:
 
 
 def test_a_wide_side_starts_by_one_update_and_acts_from_the_second_batch_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strategies.preconditioner.WIDEST", 6)  # below the 7 columns of the first layer's inputs
+    monkeypatch.setattr("strategies.parts.preconditioner.WIDEST", 6)  # below the 7 columns of the first layer's inputs
     net = tiny_net((WIDTH,), CLASSES).double()
     batches = [Blobs().train(12 * i, 12 * i + 12) for i in range(2)]
     options = {"rank_in": 3, "rank_out": 0, "history_batches": 3}

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from strategies.contract import PlanError, mix
 from strategies.gradient_clipping import GradientClipping
-from strategies.gradient_noise import Noise, estimate
 from strategies.noise_scale import NoiseScale
+from strategies.parts.gradient_noise import Noise, estimate
 from tests.strategies.harness import CLASSES, WIDTH, Blobs, Pair, baseline, tiny_net, train
 
 

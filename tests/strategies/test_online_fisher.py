@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from strategies.online_fisher import DELTA, EPSILON, Factor, Sums, first, merged, of_rows, onto, rank_of, start
+from strategies.parts.online_fisher import DELTA, EPSILON, Factor, Sums, first, merged, of_rows, onto, rank_of, start
 
 ALPHA = 4.0
 

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad, unfold
 
 from cluster.engines import make_worker
-from strategies import patch_layer
 from strategies.contract import Clock, Plan, PlanError, State
 from strategies.curvature.layers import ConvLayer
 from strategies.natural_gradient import NaturalGradient
 from strategies.net import Net
 from strategies.ng_sgd import NgSgd
-from strategies.online_fisher import of_rows
+from strategies.parts import patch_layer
+from strategies.parts.online_fisher import of_rows
+from strategies.parts.patch_layer import Patches, Rows
+from strategies.parts.preconditioner import Preconditioner
 from strategies.patch_affine import PatchAffine
-from strategies.patch_layer import Patches, Rows
-from strategies.preconditioner import Preconditioner
 from tests.strategies.cases import convolved_net, with_convolutions
 from tests.strategies.harness import CLASSES, IMAGES, Blobs, baseline, distance, train
 

@@ -14,11 +14,11 @@ from cluster.engines import make_worker
 from strategies.contract import Clock, Plan, PlanError, Worker, mix
 from strategies.ema import Ema
 from strategies.ghost_batch_norm import GhostBatchNorm
-from strategies.ghost_layer import ghosts, split
 from strategies.gradient_clipping import GradientClipping
-from strategies.local_steps import LocalSteps, OpenModel
 from strategies.net import Net
 from strategies.optimizers import Sgd
+from strategies.parts.ghost_layer import ghosts, split
+from strategies.parts.local_steps import LocalSteps, OpenModel
 from strategies.post_local_sgd import PostLocalSgd
 from strategies.rate import Rate
 from strategies.swa import Swa

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from strategies.contract import Need, PlanError
-from strategies.matrix_sides import sides
 from strategies.net import Net
 from strategies.optimizers import AdamW
+from strategies.parts.matrix_sides import sides
+from strategies.parts.soap_optimizer import SoapMatrices, turn
 from strategies.soap import Soap, SoapAndAdamW
-from strategies.soap_optimizer import SoapMatrices, turn
 from tests.strategies.cases import with_adamw
 from tests.strategies.harness import baseline
 

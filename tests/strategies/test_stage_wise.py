@@ -23,8 +23,8 @@ from strategies.batch_growth import BatchGrowth
 from strategies.contract import Batch, Clock, ModelSpec, Plan, PlanError
 from strategies.lars import Lars
 from strategies.net import Net
+from strategies.parts.staged_net import StagedNet
 from strategies.stage_wise import Patience, Reconstruction, StageWise, first, listed
-from strategies.staged_net import StagedNet
 from tests.strategies.cases import staged_net, with_step_decay
 from tests.strategies.harness import CLASSES, EXAMPLES, WIDTH, Blobs, Pair, Trained, baseline, distance, train
 

@@ -10,7 +10,6 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from strategies.backprop import Backprop, Update, amend
-from strategies.batch_norm import reestimate, tracking
 from strategies.contract import (
     Batch,
     Clock,
@@ -25,6 +24,7 @@ from strategies.contract import (
     all_data,
     keep,
 )
+from strategies.parts.batch_norm import reestimate, tracking
 
 if TYPE_CHECKING:
     from strategies.net import Net

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from strategies.matrix_sides import as_matrix, between, collect, eigen, sides
+from strategies.parts.matrix_sides import as_matrix, between, collect, eigen, sides
 
 NULL = 1e-6  # eigenvalue, over the largest one, below which a direction counts as without gradients
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from strategies.backprop import Backprop, Gradient, Step, Update
 from strategies.contract import Clock, Need, PlanError, Schedule
-from strategies.displaced import displaced, restore
+from strategies.parts.displaced import displaced, restore
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,8 +16,8 @@ from functools import lru_cache
 from itertools import count
 from typing import TYPE_CHECKING, ClassVar
 
-from strategies.batch_maps import soft
 from strategies.contract import Batch, Clock, Schedule, Stream
+from strategies.parts.batch_maps import soft
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from strategies.backprop import Backprop, Live, Update, amend
 from strategies.contract import Batch, Clock, Metrics, Need, Phase, PlanError, State, Worker
-from strategies.replicas import average_, gathered, scatter_, tensors_in
+from strategies.parts.replicas import average_, gathered, scatter_, tensors_in
 
 if TYPE_CHECKING:
     from torch import Tensor

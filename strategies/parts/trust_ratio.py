@@ -1,7 +1,7 @@
 """torch optimizers that scale each layer's step by the norm of its weights: the machinery of LARS and LAMB.
 
 A layer whose weights or step are zero is not scaled, so that what starts at zero can leave it. No epsilon hides in the
-ratios. Groups are those of `strategies.layers`.
+ratios. Groups are those of `strategies.parts.layers`.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from torch.nn.functional import fold, pad
 
 from strategies.contract import PlanError
 from strategies.curvature.layers import ConvLayer
-from strategies.layers import convolutions
 from strategies.net import Net
+from strategies.parts.layers import convolutions
 
 MIB = 2**20
 

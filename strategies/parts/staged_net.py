@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from strategies.contract import ModelSpec, PlanError, Weights
-from strategies.frozen import chunk, through
 from strategies.net import Net
+from strategies.parts.frozen import chunk, through
 from strategies.stage_wise import first, listed
 
 if TYPE_CHECKING:

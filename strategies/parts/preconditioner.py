@@ -20,9 +20,9 @@ from strategies.contract import Clock, State, Worker, mix
 from strategies.curvature.capture import watched
 from strategies.curvature.layers import AnyLayer, ConvLayer, LinearLayer, NormLayer, served
 from strategies.net import Net
-from strategies.online_fisher import Factor, Sums, first, merged, of_rows, onto, start
-from strategies.patch_layer import PatchAffine, Rows, seen
-from strategies.replicas import gathered, scatter_, tensors_in
+from strategies.parts.online_fisher import Factor, Sums, first, merged, of_rows, onto, start
+from strategies.parts.patch_layer import PatchAffine, Rows, seen
+from strategies.parts.replicas import gathered, scatter_, tensors_in
 
 if TYPE_CHECKING:
     from strategies.ng_sgd import NgSgd

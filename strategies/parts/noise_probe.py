@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from strategies.contract import PlanError, Worker
-from strategies.gradient_noise import from_sums
+from strategies.parts.gradient_noise import from_sums
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,1 @@
+"""What strategies are made of and share. No recipe names these; methods that it can name lie beside this folder."""
