@@ -39,9 +39,8 @@ class MeasureNoise(Update):
         return State(live=Measured(NoiseProbe(net, worker, "noise_scale")))
 
     def before(self, state: State, clock: Clock) -> None:
-        probe: NoiseProbe = state.live.probe
-        trace, signal, _ = probe.measure(clock.batch)
-        state.live.metrics = {"noise_trace": trace / probe.worker.size, "noise_signal": signal / probe.worker.size}
+        trace, signal, _ = state.live.probe.share(clock.batch)
+        state.live.metrics = {"noise_trace": trace, "noise_signal": signal}
 
     def metrics(self, state: State) -> Metrics:
         return state.live.metrics

@@ -22,6 +22,7 @@ class NoiseProbe:
         self.size = 0  # examples of the micro-batch in work
         self.parts = 0  # micro-batches of this step so far
         self.weighted: Any = 0.0  # sum of |share_i g_i|^2 / size_i
+        self.counted: dict[int, Tensor] = {}  # parts of a global batch of that size, on all workers
         net.register_forward_pre_hook(self._forward)
         for p in self.parameters:
             p.register_hook(self._backward)  # sees what this backward pass adds, before it is averaged over workers
@@ -31,7 +32,7 @@ class NoiseProbe:
             self.size, self.parts = len(inputs[0]), self.parts + 1
 
     def _backward(self, grad: Tensor) -> None:
-        self.weighted = self.weighted + grad.detach().double().square().sum() / self.size
+        self.weighted = self.weighted + square_norm(grad.detach()) / self.size
 
     def measure(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """(tr(Sigma), |G|^2, parts): estimates from the parts of this step's global batch, alike on all ranks.
@@ -41,14 +42,31 @@ class NoiseProbe:
         """
         import torch
 
+        trace, signal, parts = self.share(batch)
+        trace, signal = self.worker.sum_(torch.stack([trace, signal]))
+        return trace, signal, parts
+
+    def share(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """As `measure`, but this rank's shares of the two, whose sums over ranks they are: nothing is sent for them.
+
+        How many parts there are is asked once for each size of the batch, which changes on all workers in the same step.
+        """
         workers = self.worker.size
         if self.parts * workers < 2:
             raise PlanError(
                 f"{self.by} compares parts of a batch, but there is one: add workers, or halve base.micro_batch"
             )
-        own = torch.stack([self.weighted * (batch / workers) ** 2, self.weighted.new_tensor(self.parts)])
-        weighted, parts = self.worker.sum_(own)
-        mean_square = sum(p.grad.double().square().sum() for p in self.parameters if p.grad is not None)
+        if batch not in self.counted:
+            self.counted[batch] = self.worker.sum_(self.weighted.new_tensor(self.parts))
+        parts, weighted = self.counted[batch], self.weighted * (batch / workers) ** 2
+        mean_square = sum(square_norm(p.grad) for p in self.parameters if p.grad is not None)
         self.parts, self.weighted = 0, 0.0
-        trace, signal = from_sums(weighted, parts, batch, mean_square)
-        return trace, signal, parts
+        return *from_sums(weighted, parts, batch, mean_square / workers), parts
+
+
+def square_norm(grad: Tensor) -> Tensor:
+    """() |grad|^2 in float64: by rows in the gradient's own precision, short enough for it, then over rows."""
+    import torch
+
+    rows = torch.linalg.vector_norm(grad, dim=tuple(range(1, grad.ndim))) if grad.ndim > 1 else grad
+    return rows.double().square().sum()
