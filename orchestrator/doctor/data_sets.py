@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 
 from orchestrator.doctor.finding import Finding, bad, ok, warn
-from orchestrator.workloads import DataError, cifar10, mnist
+from orchestrator.workloads import DataError, cifar10, mnist, spoken_digits
 from orchestrator.workloads.files import under_data
 
 
@@ -17,12 +17,15 @@ def data() -> Finding:
         return bad(
             "data", f"BIGBATCH_DATA={asked} is not a folder", "export BIGBATCH_DATA=the folder that holds the data"
         )
-    found = [name for name, files in (("mnist", mnist.files), ("cifar10", cifar10.files)) if complete(files)]
+    sets = {"mnist": mnist, "cifar10": cifar10, "spoken_digits": spoken_digits}
+    found = [name for name, module in sets.items() if complete(module.files)]
     found += sorted(path.name for path in folder.glob("*.npz"))
     found += sorted(path.parent.name + "/" for path in folder.glob("*/train") if (path.parent / "test").is_dir())
     said = f"{folder}{'' if asked else ' (BIGBATCH_DATA is not set)'}: {', '.join(found) or 'no data sets'}"
     if asked and not found:
-        return warn("data", said, "expected mnist/, cifar-10-batches-bin/, *.npz or NAME/train and NAME/test in it")
+        return warn(
+            "data", said, "expected mnist/, cifar-10-batches-bin/, fsdd/, *.npz or NAME/train and NAME/test in it"
+        )
     return ok("data", said)
 
 

@@ -22,10 +22,18 @@ class QuadraticData(Model):
     dimension: Positive = Field(default=10_000, description="coordinates; curvature and noise of coordinate i are 1/i")
 
 
+class Subset(Model):
+    train: Positive | None = Field(default=None, description="training examples, the first so many; by default all")
+
+
 class Data(Choice):
     digits: Empty | None = Field(default=None, description="scikit-learn's 8x8 digits, embedded: 1,437 train, 360 test")
-    mnist: Empty | None = Field(default=None, description="the four official IDX files in $BIGBATCH_DATA/mnist")
-    cifar10: Empty | None = Field(default=None, description="official binary or python layout under $BIGBATCH_DATA")
+    mnist: Subset | None = Field(default=None, description="the four official IDX files in $BIGBATCH_DATA/mnist")
+    cifar10: Subset | None = Field(default=None, description="official binary or python layout under $BIGBATCH_DATA")
+    spoken_digits: Empty | None = Field(
+        default=None,
+        description="the wav files in $BIGBATCH_DATA/fsdd/recordings (FSDD) as 32x32 log-mel images: 2,700 train, 300 test",
+    )
     npz: ArrayFile | None = None
     image_folder: ImageFolder | None = None
     noisy_quadratic: QuadraticData | None = Field(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.recipe import workload_schema
-from orchestrator.workloads import cache, cifar10, digits, image_folder, mnist, npz
+from orchestrator.workloads import cache, cifar10, digits, image_folder, mnist, npz, spoken_digits
 from orchestrator.workloads.files import DataError, Parsed, home, told
 
 PARSING = 1  # raised when parsing changes what the arrays hold, so that an old cache is not taken for the new
@@ -65,9 +65,11 @@ def _source(data: workload_schema.Data) -> tuple[list[Path], Callable[[list[Path
         case "digits":
             return digits.files(), digits.parse
         case "mnist":
-            return mnist.files(), mnist.parse
+            return mnist.files(), partial(_shortened, mnist.parse, options.train)
         case "cifar10":
-            return cifar10.files(), cifar10.parse
+            return cifar10.files(), partial(_shortened, cifar10.parse, options.train)
+        case "spoken_digits":
+            return spoken_digits.files(), spoken_digits.parse
         case "npz":
             return npz.files(options.path), npz.parse
         case "image_folder":
@@ -75,9 +77,17 @@ def _source(data: workload_schema.Data) -> tuple[list[Path], Callable[[list[Path
     raise ValueError(f"{data.name} has no arrays")
 
 
+def _shortened(parse: Callable[[list[Path]], Parsed], count: int | None, paths: list[Path]) -> Parsed:
+    """With the first `count` training examples, or with all."""
+    parsed = parse(paths)
+    if count and count > len(parsed.train_y):
+        raise DataError(f"{paths[0].parent}: train: {count} examples asked for, there are {len(parsed.train_y)}")
+    return parsed._replace(train_x=parsed.train_x[:count], train_y=parsed.train_y[:count])
+
+
 def _fingerprint(data: workload_schema.Data, paths: list[Path]) -> str:
-    options = data.options.model_dump(exclude={"path"})  # the content counts, not where it lies
-    if data.name == "image_folder":  # too many files to read them all
+    options = data.options.model_dump(exclude={"path"}, exclude_none=True)  # the content counts, not where it lies
+    if data.name in ("image_folder", "spoken_digits"):  # too many files to read them all
         content = [f"{'/'.join(p.parts[-3:])} {p.stat().st_size}" for p in paths]
     else:
         content = [f"{p.name} {cache.file_hash(p)}" for p in paths]

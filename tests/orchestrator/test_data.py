@@ -70,6 +70,17 @@ def test_missing_files_are_all_named_with_their_source(folders: Path) -> None:
     assert "yann.lecun.com" in message and "BIGBATCH_DATA" in message and "\n" not in message
 
 
+def test_the_first_so_many_examples_are_a_data_set_of_their_own(folders: Path) -> None:
+    write_mnist(folders, packed=False)
+    whole, part = load(data("mnist")), load(data({"mnist": {"train": 30}}))
+    assert np.array_equal(part.train_x, whole.train_x[:30]) and np.array_equal(part.train_y, whole.train_y[:30])
+    assert np.array_equal(part.test_x, whole.test_x)
+    assert part.mean == pytest.approx(((np.asarray(whole.train_x[:30]) / 255).mean(),), abs=1e-12)
+    assert fingerprint(data({"mnist": {"train": 30}})) != fingerprint(data("mnist"))
+    with pytest.raises(DataError, match="mnist: train: 51 examples asked for, there are 50"):
+        load(data({"mnist": {"train": 51}}))
+
+
 IMAGES = "train-images-idx3-ubyte"
 EXPECTED = 16 + 50 * 28 * 28
 

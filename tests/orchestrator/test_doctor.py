@@ -362,8 +362,10 @@ def test_data_sets_that_are_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "mnist").mkdir()
     for name in data_sets.mnist.NAMES:
         (tmp_path / "mnist" / f"{name}.gz").touch()
+    (tmp_path / "fsdd" / "recordings").mkdir(parents=True)
+    (tmp_path / "fsdd" / "recordings" / "7_jackson_0.wav").touch()
     (tmp_path / "own.npz").touch()
     for split in ("train", "test"):
         (tmp_path / "pets" / split).mkdir(parents=True)
     found = data_sets.data()
-    assert status(found) == "ok" and found.message.endswith(": mnist, own.npz, pets/")
+    assert status(found) == "ok" and found.message.endswith(": mnist, spoken_digits, own.npz, pets/")

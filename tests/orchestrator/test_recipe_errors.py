@@ -120,7 +120,7 @@ def test_each_mistake_in_its_own_words(line: str, expected: str) -> None:
 def test_what_is_missing_is_told_where_it_should_be() -> None:
     assert lines("study: s\nworkload: {}\nbase:\n  epochs: 1\n") == [
         "recipe.yaml:2:11: workload.data: required key is missing, "
-        "expected one of digits, mnist, cifar10, npz, image_folder, noisy_quadratic",
+        "expected one of digits, mnist, cifar10, spoken_digits, npz, image_folder, noisy_quadratic",
         "recipe.yaml:4:3: base.batch: required key is missing, expected a whole number",
     ]
     assert lines(GOOD.replace("digits", "npz")) == [
