@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,12 @@ from strategies.contract import Pending, PlanError
 
 if TYPE_CHECKING:
     from strategies.net import Net
+
+
+def patience() -> timedelta:
+    """How long collectives of the default process group wait, for groups beside it: torch would give each half an hour."""
+    world: Any = dist.group.WORLD
+    return world._get_backend(torch.device("cpu")).options._timeout
 
 
 class Done:
@@ -78,7 +85,7 @@ class ProcessWorker:
         if len(ranks) == self.size:
             return None
         if ranks not in self.groups:
-            self.groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+            self.groups[ranks] = dist.new_group(list(ranks), patience(), use_local_synchronization=True)
         return self.groups[ranks]
 
     def sum_role_(self, t: Tensor) -> Tensor:

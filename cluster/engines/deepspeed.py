@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
-from cluster.engines.base import ProcessWorker
+from cluster.engines.base import ProcessWorker, patience
 from strategies.contract import PlanError
 
 if TYPE_CHECKING:
@@ -282,6 +282,7 @@ def load(device: torch.device) -> Any:
             raise PlanError(f"engine deepspeed: no module {error.name}: pip install 'bigbatch[deepspeed]'") from None
         from deepspeed import comm, ops
         from deepspeed.utils import groups, logger
+    comm.TorchBackend.new_group = lambda self, ranks: dist.new_group(list(ranks), patience())
     ops.__compatible_ops__.clear()  # else it builds one for CPUs, and a build that is killed leaves a lock
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     logger.handlers[:] = [logging.lastResort]  # writes warnings to sys.stderr as it is at that moment

@@ -18,6 +18,7 @@ from orchestrator.compose import check
 from strategies import CATALOGUE
 from strategies.backprop import CrossEntropy, amend
 from strategies.contract import Batch, Clock, Phase, Plan, PlanError, Predict
+from tests import workers
 from tests.cluster.engine_table import BEGIN, END, table
 from tests.strategies import harness
 from tests.strategies.cases import CASES, with_adamw, with_batch_norm
@@ -157,7 +158,7 @@ def everything(worker: Any, folder: Path) -> dict[str, Any]:
     run = Runs(worker.rank, worker.size, folder)
     found: dict[str, Any] = {"pairs": pairs(run, FEW), "stages": stages(run)}
     found["extensions"] = [path.name for path in (folder / "extensions").rglob("*")]
-    return found | {"buckets": [bucket(run, mib) for mib in ("auto", 1e-4)]}
+    return found | {"buckets": [bucket(run, mib) for mib in ("auto", 1e-4)], "limits": limits()}
 
 
 def others(worker: Any, folder: Path) -> dict[tuple[str, int], tuple[Trained, Trained]]:
@@ -168,6 +169,12 @@ def bucket(run: Runs, mib: Any) -> int:
     worker: Any = make_worker(*at(1, bucket_mib=mib), "fp32", run.rank, run.size, torch.device("cpu"))
     harness.train(baseline(epochs=1), run.folder / f"bucket {mib}", Blobs(dtype=torch.float32), worker)
     return int(worker.engine.optimizer.reduce_bucket_size)
+
+
+def limits() -> list[float]:
+    """Seconds that each process group of this rank waits for the others; DeepSpeed trains in groups of its own."""
+    groups: list[Any] = list(torch.distributed.distributed_c10d._world.pg_map)
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 
 
 def elsewhere(worker: Any, folder: Path, to: str) -> dict[str, Any]:
@@ -268,6 +275,10 @@ def test_a_checkpoint_goes_on_anywhere(source: object, to: str, engine: str, con
 
 def test_nothing_is_built_and_no_lock_is_waited_for(both: dict[str, Any]) -> None:
     assert both["extensions"] == ["deepspeed_shm_comm", "lock"]
+
+
+def test_no_process_group_waits_longer_than_that_of_the_gang(both: dict[str, Any]) -> None:
+    assert len(both["limits"]) > 1 and set(both["limits"]) == {workers.LIMIT}
 
 
 def test_the_bucket_is_that_of_the_recipe_and_no_larger_than_the_model(both: dict[str, Any]) -> None:
