@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from strategies.backprop import Update, amend
 from strategies.contract import Clock, Need, Phase, Plan, PlanError, State, Strategy, Worker, option
-from strategies.curvature.precondition import Geometric, Inverse, Options, Precondition, Watched
+from strategies.curvature.precondition import Geometric, Inverse, Options, Precondition, watching
 from strategies.curvature.refresh import Refresh
 from strategies.optimizers import Sgd
 
@@ -71,7 +71,7 @@ class NaturalGradient(Strategy):
     def _amend(self, phase: Phase) -> Phase:
         updates: tuple[Update, ...] = (Precondition(self._options()), *((ProjectWeights(),) if self.project else ()))
         changes = {"optimizer": self._tied} if self.tie_momentum else {}
-        return amend(phase, self, updates=updates, gradient=Watched, **changes)
+        return amend(phase, self, updates=updates, gradient=watching, **changes)
 
     def _options(self) -> Options:
         return Options(

@@ -77,7 +77,8 @@ class Curvature:
         if not due:
             return gradient(step)
         layers = [b.layer for name, b in self.blocks.items() if any(f"{name}/{f}" in due for f in b.factors)]
-        sink = partial(self._see, due, step.clock.batch / step.worker.size)
+        share = step.weight * step.clock.batch / (step.worker.size * len(step.batch))  # of several passes over examples
+        sink = partial(self._see, due, share, step.clock.batch / (step.worker.size * share))
         if self.options.fisher == "empirical":
             with watched(layers, sink):
                 return gradient(step)
@@ -85,14 +86,18 @@ class Curvature:
         with hooked(layers, lambda layer: partial(graph.add, layer)):
             return gradient(dataclasses.replace(step, predict=partial(_sampled, step, graph)))
 
-    def _see(self, due: set[str], scale: float, layer: AnyLayer, xs: list[Tensor], grads: list[Tensor]) -> None:
+    def _see(
+        self, due: set[str], share: float, scale: float, layer: AnyLayer, xs: list[Tensor], grads: list[Tensor]
+    ) -> None:
+        """`scale` makes gradients those of single examples, each of which counts for `share`."""
         own = self.blocks[layer.name]
         for factor in own.factors:
             key = f"{layer.name}/{factor}"
             if key in due:
-                _add(self.sums, key, own.statistic(factor, xs, grads, scale))
+                _add(self.sums, key, share * own.statistic(factor, xs, grads, scale))
         if isinstance(own, EigenBlock) and self._scaled(layer.name):
-            _add(self.scales, f"{layer.name}/scale", own.scales(self._inverse(layer.name), xs, grads, scale))
+            squares = own.scales(self._inverse(layer.name), xs, grads, scale)
+            _add(self.scales, f"{layer.name}/scale", share * squares)
 
     def _scaled(self, name: str) -> bool:
         """Whether examples correct the eigenvalues of a layer, whose bases are there."""

@@ -18,6 +18,7 @@ from strategies.backprop import Backprop, Step, one_forward_one_backward
 from strategies.contract import Batch, Clock, ModelSpec, Plan, PlanError, State
 from strategies.curvature.estimate import Curvature
 from strategies.curvature.precondition import Geometric, Watched
+from strategies.loss_smoothing import LossSmoothing
 from strategies.natural_gradient import NaturalGradient, TiedMomentum
 from strategies.net import Net
 from strategies.optimizers import Sgd
@@ -82,8 +83,11 @@ def test_variants_resume(variant: str, tmp_path: Path) -> None:
 
 def learner(build: Any, options: dict[str, Any], inputs: tuple[int, ...] = IMAGES) -> tuple[Backprop, State, Curvature]:
     """A learner with natural_gradient on one worker, begun."""
+    return begun(NaturalGradient(**options).edit(baseline()), build, inputs)
+
+
+def begun(plan: Plan, build: Any, inputs: tuple[int, ...] = IMAGES) -> tuple[Backprop, State, Curvature]:
     torch.manual_seed(0)
-    plan = NaturalGradient(**options).edit(baseline())
     made: Any = plan.phases[0].learner
     state = made.init(build(inputs, 3).double(), make_worker("solo", {}, "fp64", 0, 1, torch.device("cpu")))
     return made, state, state.saved["updates"][0].live
@@ -353,6 +357,26 @@ def test_batch_norms_take_part() -> None:
     made, state, curvature = learner(normalised_net, {"damping": 0.1}, (6,))
     made.step(state, [batch(12, inputs=(6,))], clock())
     assert {"stages.0.1/f_inverse", "stages.0.0/a_inverse"} <= curvature.kept.keys()
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+@pytest.mark.parametrize("smoothed_first", [False, True])
+def test_several_passes_over_a_batch_count_once(smoothed_first: bool, fisher: str) -> None:
+    """Passes of weight noise of next to nothing have the statistics of one: factors, blocks of batch norms, EKFAC's scale."""
+    natural = NaturalGradient(damping=0.1, inverse="ekfac", factors_every=1, inverses_every=2, fisher=fisher)  # type: ignore[arg-type]
+    noise = LossSmoothing(alpha=0, sigma=1e-13, draws=2, antithetic=True)
+    found = []
+    for methods in ([natural], [noise, natural] if smoothed_first else [natural, noise]):
+        plan = baseline()
+        for method in methods:
+            plan = method.edit(plan)
+        _, state, curvature = begun(plan, normalised_net, (6,))
+        for step in range(2):
+            plan.phases[0].learner.step(state, [batch(5, 12 * step, (6,)), batch(7, 12 * step + 5, (6,))], clock(step))
+        found.append(curvature.kept)
+    once, often = found
+    for key in ("stages.0.0/a", "stages.0.0/g", "stages.0.1/f", "head/scale"):
+        assert torch.allclose(often[key], once[key], rtol=1e-9, atol=EXACT), key
 
 
 def test_gradients_are_preconditioned_once() -> None:
