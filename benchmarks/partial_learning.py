@@ -85,7 +85,7 @@ def search_all(networks: Sequence[Node], options: argparse.Namespace) -> dict[No
         for depth in range(1, max(map(len, nodes)) + 1):
             level = sorted((n for n in nodes if len(n) == depth), key=lambda n: (-"".join(n).count("C3"), n))
             begun = {node: pool.submit(search, node, path(found, node), options) for node in level}
-            found |= {node: search.result() for node, search in begun.items()}
+            found |= {node: one.result() for node, one in begun.items()}
     return found
 
 

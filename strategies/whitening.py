@@ -73,6 +73,12 @@ def covariance(x: Tensor, conv: nn.Conv2d) -> Tensor:
             f"whitening needs images of {conv.in_channels} channels, the examples have shape {tuple(x.shape[1:])}: "
             "choose another model or leave whitening out"
         )
+    patch = tuple(d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
+    if any(side < taps for side, taps in zip(x.shape[2:], patch, strict=True)):
+        raise PlanError(
+            f"whitening takes patches of {patch[0]} x {patch[1]} pixels out of the images, the examples have shape "
+            f"{tuple(x.shape[1:])}: take larger images or a model with a smaller first kernel"
+        )
     sums: list[Tensor] = []
     for part in x.split(CHUNK):
         patches = unfold(part.double(), conv.kernel_size, conv.dilation, stride=conv.stride).transpose(0, 1).flatten(1)

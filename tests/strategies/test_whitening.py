@@ -111,3 +111,16 @@ def test_refusals(tmp_path: Path) -> None:
     wrong = plan.map(lambda phase: dataclasses.replace(phase, model=ModelSpec(many_channels)))
     with pytest.raises(PlanError, match=r"needs images of 3 channels, the examples have shape \(1, 2, 3\)"):
         train(wrong, tmp_path, Blobs(inputs=IMAGES))
+
+
+@pytest.mark.parametrize(
+    ("sides", "dilation", "patch"), [((1, 6), 1, "2 x 2"), ((5, 1), 1, "2 x 2"), ((3, 4), 3, "4 x 4")]
+)
+def test_images_smaller_than_a_patch(sides: tuple[int, int], dilation: int, patch: str) -> None:
+    conv = nn.Conv2d(3, 6, 2, padding=3, dilation=dilation)
+    with pytest.raises(
+        PlanError, match=rf"patches of {patch} pixels .* shape \(3, {sides[0]}, {sides[1]}\): take larger"
+    ):
+        whitened(conv, images()[..., : sides[0], : sides[1]])
+    enough = dilation + 1
+    assert whitened(conv, images()[..., :enough, :enough]).weight.isfinite().all()
