@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from cluster import mirror
+from cluster import mirror, stacks
 from cluster.tasks import Done, Failed, Task, attempt
 
 
@@ -31,6 +31,7 @@ class Rank:
     """The methods that the driver calls. `ping` runs in a thread of its own (see `RayGang`), the others one by one."""
 
     def __init__(self, rank: int, size: int, gpus: int):
+        stacks.listen()
         import torch  # the slow part of starting, in all ranks at once
 
         self.rank, self.size = rank, size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cluster import stacks
 from cluster.engines import make_worker
 from cluster.tasks import Outcome, Task, attempt
 
@@ -16,6 +17,7 @@ class LocalGang:
     def __init__(self, name: str = "local"):
         self.name = name
         self.task: Task | None = None
+        stacks.listen()
 
     def start(self, task: Task) -> None:
         self.task = task

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from cluster import stacks
 from cluster.tasks import CapacityError, ClusterError
 
 OBJECT_STORE = 100 * 2**20  # bytes; tasks and results are small
@@ -49,6 +50,7 @@ def connect(cpus: int = 1) -> None:
 
     Call it on the main thread: the private cluster ends with the thread that started it. Raises ClusterError.
     """
+    stacks.listen()
     address = os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:

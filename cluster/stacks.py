@@ -1,4 +1,4 @@
-"""Where the threads of a rank stand, written down at a signal: asked of ranks that hang, before they are killed."""
+"""Where the threads of a process stand, written down at a signal: asked of ranks that hang, before they are killed."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from typing import TextIO
 import psutil
 
 SIGNAL = signal.SIGUSR2
+STDERR = 2
 TIME_TO_WRITE = 0.5  # seconds
+
+
+def listen() -> None:
+    """From now on, at `SIGNAL`, this process writes the stacks of all its threads to stderr; by itself, it would end."""
+    faulthandler.register(SIGNAL, STDERR, all_threads=True)
 
 
 @contextlib.contextmanager
 def written_to(file: TextIO) -> Iterator[None]:
-    """Within, at `SIGNAL`, this process adds the stacks of all its threads to `file`, also while it holds the interpreter."""
+    """Within, they are added to `file`. Heard also while the process holds the interpreter."""
     faulthandler.register(SIGNAL, file, all_threads=True)
     try:
         yield
     finally:
-        faulthandler.unregister(SIGNAL)
+        listen()
 
 
 def ask(processes: Iterable[psutil.Process]) -> None:

@@ -28,11 +28,14 @@ from typing import Any
 
 import psutil
 
+from tests import network
+
 VARIABLE = "PLANTED_FAULTS"  # the folder; also how the processes of a study are found again
 ROOT = Path(__file__).parents[1]
 DRIVER = -1  # its rank
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
+SIGNALS |= {"usr1": signal.SIGUSR1, "usr2": signal.SIGUSR2}
 ERRORS: dict[str, Callable[[], Exception]] = {
     "user": lambda: ValueError("the planted error"),
     "memory": lambda: RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
@@ -46,7 +49,7 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 class Fault:
     """`step`: optimizer steps taken so far; for places of the driver, calls so far. None: the first time there."""
 
-    action: str  # of SIGNALS or ERRORS, or "hang"
+    action: str  # of SIGNALS, ERRORS or tests.network.ACTIONS; "hang"; "short": the disk takes half of a row
     place: str  # see PATCHES
     rank: int = 0
     step: int | None = None
@@ -104,7 +107,7 @@ class Here:
         self.trial: str | None = None
         self.rank = DRIVER
         self.progress: Any = None
-        self.saving = False
+        self.writing: str | None = None  # what the names of places begin with while files are written
         self.calls: dict[str, int] = {}  # of places without steps
 
     def at(self, place: str, rank: int | None = None, trial: str | None = None) -> Fault | None:
@@ -135,6 +138,8 @@ def strike(fault: Fault | None) -> None:
         return
     if fault.action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[fault.action])
+    elif fault.action in network.ACTIONS:
+        network.strike(fault.action, Path(os.environ[VARIABLE]))
     elif fault.action == "hang":
         while True:
             time.sleep(0.1)
@@ -145,6 +150,7 @@ def strike(fault: Fault | None) -> None:
 def patch_trainer(module: Any, here: Here) -> None:
     def step(original: Any, run: Any) -> None:
         here.trial, here.rank, here.progress = run.job.directory.name, run.worker.rank, run.progress
+        network.tell(here.folder)
         here.pass_by("step")
         original(run)
 
@@ -163,24 +169,43 @@ def patch_run_trial(module: Any, here: Here) -> None:
     before(module, "_job", lambda worker, order: here.pass_by("start", worker.rank, order.directory.name))
 
 
+def writes(here: Here, prefix: str, place: str | None = None) -> Callable[..., Any]:
+    """For what writes files. Places within, each with `prefix`: before a file is flushed, before it gets its name, before
+    the whole gets its own."""
+
+    def wrapper(original: Any, *args: Any, **options: Any) -> Any:
+        here.pass_by(place) if place else None
+        here.writing = prefix
+        try:
+            return original(*args, **options)
+        finally:
+            here.writing = None
+
+    return wrapper
+
+
 def patch_phases(module: Any, here: Here) -> None:
-    before(module.PhaseStore, "put", lambda *_: here.pass_by("put"))
+    around(module.PhaseStore, "put", writes(here, "put_", "put"))
 
 
 def patch_checkpoint(module: Any, here: Here) -> None:
-    """Inside a save: before each file is flushed, before it gets its name, before the whole gets its own."""
+    around(module, "save", writes(here, "", "save"))
+    for call in ("fsync", "replace", "rename"):
+        before(os, call, lambda *_, call=call: here.pass_by(here.writing + call) if here.writing is not None else None)
 
-    def save(original: Any, *args: Any, **options: Any) -> Any:
-        here.saving = True
-        try:
-            here.pass_by("save")
-            return original(*args, **options)
-        finally:
-            here.saving = False
 
-    around(module, "save", save)
-    for place in ("fsync", "replace", "rename"):
-        before(os, place, lambda *_, place=place: here.pass_by(place) if here.saving else None)
+def patch_metrics(module: Any, here: Here) -> None:
+    """A row goes to the disk in one call."""
+
+    def write(original: Any, file: int, data: bytes) -> int:
+        fault = here.at("row") if here.writing == "row_" else None
+        if fault and fault.action == "short":
+            return original(file, data[: len(data) // 2])
+        strike(fault)
+        return original(file, data)
+
+    around(module.Rows, "add", writes(here, "row_"))
+    around(os, "write", write)
 
 
 def patch_workers(module: Any, here: Here) -> None:
@@ -194,15 +219,32 @@ def patch_workers(module: Any, here: Here) -> None:
         strike(fault)
         return original(worker, tensor)
 
-    def backward(original: Any, worker: Any, value: Any, grad: Any = None) -> None:
-        """Within the backward pass: the others wait for this rank's gradients."""
+    around(module.ProcessWorker, "sum_", all_reduce)
+    around(module.ProcessWorker, "backward", backward(here))
+
+
+def backward(here: Here) -> Callable[..., None]:
+    """Within the backward pass: the others wait for this rank's gradients."""
+
+    def wrapper(original: Any, worker: Any, value: Any, grad: Any = None) -> None:
         fault = here.at("backward")
         if fault:
             value.register_hook(lambda _: strike(fault))
         original(worker, value, grad)
 
-    around(module.ProcessWorker, "sum_", all_reduce)
-    around(module.ProcessWorker, "backward", backward)
+    return wrapper
+
+
+def patch_deepspeed(module: Any, here: Here) -> None:
+    """It has a backward pass of its own, exchanges weights when it steps, and gathers before a checkpoint."""
+
+    def gather(original: Any, worker: Any, optimizer: bool = False) -> None:
+        here.pass_by("gather") if optimizer else None
+        original(worker, optimizer)
+
+    around(module.DeepSpeedWorker, "backward", backward(here))
+    around(module.DeepSpeedWorker, "gather", gather)
+    before(module.DeepSpeedWorker, "apply", lambda *_: here.pass_by("apply"))
 
 
 def patch_actor(module: Any, here: Here) -> None:
@@ -213,6 +255,7 @@ def patch_actor(module: Any, here: Here) -> None:
 def patch_store(module: Any, here: Here) -> None:
     before(module.Store, "journal", lambda *_: here.pass_by("journal", DRIVER))
     before(module.Store, "commit", lambda store, result: here.pass_by("commit", DRIVER, result["trial"]))
+    around(module.Store, "commit", writes(here, "commit_"))
 
 
 def patch_launch(module: Any, here: Here) -> None:
@@ -223,11 +266,13 @@ def patch_launch(module: Any, here: Here) -> None:
 PATCHES: dict[str, Callable[[Any, Here], None]] = {
     "orchestrator.trainer": patch_trainer,  # step, evaluate, end
     "orchestrator.run_trial": patch_run_trial,  # start
-    "orchestrator.phases": patch_phases,  # put
+    "orchestrator.phases": patch_phases,  # put, put_fsync, put_replace, put_rename
     "orchestrator.checkpoint": patch_checkpoint,  # save, fsync, replace, rename
+    "orchestrator.metrics": patch_metrics,  # row
     "cluster.engines.base": patch_workers,  # all_reduce, backward
+    "cluster.engines.deepspeed": patch_deepspeed,  # backward, apply, gather
     "cluster.actor": patch_actor,  # bind, join, reset
-    "orchestrator.store": patch_store,  # journal, commit: of the driver
+    "orchestrator.store": patch_store,  # journal, commit: of the driver; commit_fsync, commit_replace
     "orchestrator.launch": patch_launch,  # open, close: of the driver
 }
 
