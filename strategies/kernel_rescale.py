@@ -46,7 +46,9 @@ class KernelRescale(Strategy):
         None, "side of the images of each of these phases over that of whole ones; none: as the kernels'", gt=0, le=1
     )
     interpolation: Interpolation = option(
-        "bilinear", "of kernels, between centres of taps; nearest: only exact, but then wholly, for whole factors"
+        "bilinear",
+        "of kernels, between centres of taps; nearest: only exact, but then wholly, for whole factors; moments: exact for "
+        "images that are polynomials of degrees below the old side",
     )
     amplitude: Amplitude = option(
         "auto",

@@ -18,14 +18,14 @@ from strategies.ema import Average
 from strategies.net import Net
 from strategies.optimizers import AdamW, Sgd
 from strategies.parts.batch_norm import reestimate
-from strategies.parts.kernel_growth import Grow, Growth, fit, interpolated, layers
+from strategies.parts.kernel_growth import Grow, Growth, dilated, fit, interpolated, layers
 from strategies.parts.layers import layer_groups
 from strategies.parts.resizing import Resize
 from strategies.parts.trust_ratio import LambOptimizer
 from strategies.rate import Rate
 
 PAIRS = [(3, 5), (3, 7), (5, 7), (5, 9), (7, 13)]
-MODES = ["bilinear", "bicubic", "nearest"]
+MODES = ["bilinear", "bicubic", "nearest", "moments"]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -112,22 +112,47 @@ def test_constant_kernels_keep_their_sum(a: int, b: int, mode: str) -> None:
     assert torch.allclose(g.resample(k, g.amplitude).sum((2, 3)), k.sum((2, 3)), rtol=1e-13)
 
 
-def response_error(a: int, b: int, factor: float, scale: float) -> float:
+def response_error(a: int, b: int, factor: float, scale: float, mode: str = "bilinear") -> float:
     """Relative, inside the map, of the grown kernel's response to smooth images, beside the small one's to small images."""
     x, k = smooth(4, 2, 72), normal(3, 2, a, a, seed=1)
     small = Resize(scale)(Batch(x, x, x), Net([])).x
     wanted = F.conv2d(small, k, padding=a // 2)
-    large = F.conv2d(x, growth(a, b, shape=(3, 2)).resample(k, factor), padding=b // 2)
+    large = F.conv2d(x, growth(a, b, mode, shape=(3, 2)).resample(k, factor), padding=b // 2)
     back = Resize(scale)(Batch(large, large, large), Net([])).x
     inside = (..., slice(4, -4), slice(4, -4))
     return float((back - wanted)[inside].norm() / wanted[inside].norm())
 
 
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "moments"])
 @pytest.mark.parametrize(("a", "b"), [(3, 5), (3, 7), (5, 9)])
-def test_smooth_images_get_the_same_response(a: int, b: int) -> None:
+def test_smooth_images_get_the_same_response(a: int, b: int, mode: str) -> None:
     """1.6e: to 10 %, and to less than a third of what it is without a factor."""
-    error = response_error(a, b, (a / b) ** 2, a / b)
-    assert error < 0.1 and error < response_error(a, b, 1.0, a / b) / 3
+    error = response_error(a, b, (a / b) ** 2, a / b, mode)
+    assert error < 0.1 and error < response_error(a, b, 1.0, a / b, mode) / 3
+
+
+@pytest.mark.parametrize(("a", "b"), [(2, 3), *PAIRS])
+def test_moments_are_exact_for_polynomials(a: int, b: int) -> None:
+    """1.6h: on images of degree a - 1 in each direction, so for 3 taps on bi-quadratic ones."""
+    powers = torch.arange(a, dtype=torch.float64).view(-1, 1)
+    factors, k = normal(a, a, seed=2), normal(4, 2, a, a)
+
+    def response(kernel: Tensor, enlarged: float) -> Tensor:
+        """To an image enlarged around the middle of the kernel."""
+        side = kernel.shape[-1]
+        values = ((torch.arange(side, dtype=torch.float64) - (side - 1) / 2) / enlarged) ** powers
+        return (kernel * (values.T @ factors @ values)).sum((2, 3))
+
+    g = growth(a, b, "moments")
+    assert torch.allclose(response(g.resample(k, g.amplitude), b / a), response(k, 1.0), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(response(growth(a, b).resample(k, g.amplitude), b / a), response(k, 1.0), rtol=0.01)
+
+
+def test_a_stencil_on_a_finer_mesh() -> None:
+    """1.6h: three taps that stay three on images twice as large."""
+    expected = torch.tensor([[3.0, 0, 1], [-3, 1, -3], [1, 0, 3]], dtype=torch.float64)
+    assert torch.allclose(dilated(3, 3, 2.0), expected, rtol=0, atol=1e-13)
+    assert torch.allclose(dilated(3, 3, 1.0), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize(("a", "b"), [(3, 5), (3, 7), (5, 9)])
@@ -286,7 +311,7 @@ def moments(a: State, net: Net) -> dict[str, dict[str, Any]]:
     return {names[id(p)]: state for p, state in a.live.optimizer.state.items()}
 
 
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic", "moments"])
 def test_adam(mode: Any) -> None:
     """m as gradients, v as their squares and never negative, the count of steps kept."""
     made, grow, small, large = learner(AdamW(weight_decay=0.1)), Grow(mode), Small(3, 4, True), Small(5, 7, True)

@@ -187,6 +187,7 @@ def trained(directory: Path, net: Any = None, evaluate: int = 4, **options: Any)
     [
         {"interpolation": "bicubic"},
         {"interpolation": "nearest"},
+        {"interpolation": "moments"},
         {"state": "reset"},
         {"rewarm": 1.0},
         {"scales": [1.0]},
