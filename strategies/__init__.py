@@ -27,6 +27,7 @@ from strategies.ng_sgd import NgSgd
 from strategies.noise_scale import NoiseScale
 from strategies.parameter_averaging import ParameterAveraging
 from strategies.patch_affine import PatchAffine
+from strategies.pipeline import Pipeline
 from strategies.post_local_sgd import PostLocalSgd
 from strategies.progressive_resize import ProgressiveResize
 from strategies.shampoo import Shampoo
@@ -62,6 +63,7 @@ CATALOGUE: dict[str, type[Strategy]] = {
     "noise_scale": NoiseScale,
     "parameter_averaging": ParameterAveraging,
     "patch_affine": PatchAffine,
+    "pipeline": Pipeline,
     "post_local_sgd": PostLocalSgd,
     "progressive_resize": ProgressiveResize,
     "stage_wise": StageWise,

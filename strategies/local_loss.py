@@ -39,6 +39,7 @@ class LocalLoss(Strategy):
         "the modules; none: all modules on each worker",
         ge=0,
     )
+    bf16_messages: bool = option(False, "with `ahead`: activations are sent rounded to bf16")
 
     def __post_init__(self) -> None:
         Strategy.__post_init__(self)
@@ -50,4 +51,5 @@ class LocalLoss(Strategy):
         return plan.map(self._amend)
 
     def _amend(self, phase: Phase) -> Phase:
-        return decouple(phase, self, self.cuts, Greedy, loss=self.loss, head=self.head or "pooled", ahead=self.ahead)
+        how = {"ahead": self.ahead, "bf16_messages": self.bf16_messages}
+        return decouple(phase, self, self.cuts, Greedy, loss=self.loss, head=self.head or "pooled", **how)

@@ -58,6 +58,7 @@ class SyntheticGradient(Strategy):
         "each module on workers of its own, at most `queue` batches ahead of the next: `cluster.workers` is a multiple of "
         "the modules; else all modules on each worker",
     )
+    bf16_messages: bool = option(False, "with roles: activations and gradients are sent rounded to bf16")
 
     def __post_init__(self) -> None:
         Strategy.__post_init__(self)
@@ -77,5 +78,6 @@ class SyntheticGradient(Strategy):
     def _amend(self, phase: Phase) -> Phase:
         guess = Guess(self.synthesiser, self.label, self.hidden, self.rate)
         share = Share(self.first_share, self.share, self.share_epochs)
-        how = {"guess": guess, "share": share, "queue": self.queue, "guess_inputs": self.inputs}
-        return decouple(phase, self, self.cuts, Synthetic, **how, ahead=self.queue if self.roles else None)
+        what = {"guess": guess, "share": share, "queue": self.queue, "guess_inputs": self.inputs}
+        how = {"ahead": self.queue if self.roles else None, "bf16_messages": self.bf16_messages}
+        return decouple(phase, self, self.cuts, Synthetic, **what, **how)

@@ -1,13 +1,13 @@
 """The learner of `delayed_gradient`: several batches are under way at once, each one module further back at each step.
 
-A sequential simulation of K modules that work at the same time, with their staleness: at age a of a batch, which is the number
-of steps since it was read,
+At age a of a batch, which is the number of steps since it was read,
 
     together: all modules pass it forward at age 0, and module k (from 0) goes backward at age K-1-k;
     apart:    module k passes it forward at age k, and goes backward at age 2(K-1) - k.
 
 Where weights are to be those of the forward pass, they are kept, and the pass is made again at the time of the backward pass,
-so that a checkpoint holds no graphs.
+so that a checkpoint holds no graphs. On workers of their own, each module sends on what it has made as soon as it has: a
+gradient is used in the next step, and so are activations where forward passes lie apart.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from strategies.contract import Batch, Clock, Metrics, State, Worker
-from strategies.decoupled import shares
+from strategies.decoupled.flights import Ages, Books, Flight
 from strategies.decoupled.learner import Decoupled, DecoupledLive
 
 if TYPE_CHECKING:
@@ -28,21 +28,27 @@ if TYPE_CHECKING:
     from strategies.net import Net
 
 
-@dataclass(slots=True)
-class Flight:
-    """A batch under way, this worker's share of it. A micro-batch has x (as the next module forward is given it), y,
-    position, `given k` for each module that has yet to go backward, and grad, of what the last of these is to send on."""
-
-    size: int  # examples of the global batch
-    micros: list[dict[str, Tensor]]
-    age: int = 0
-    weights: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)  # by module, as at its forward pass
-
-
 @dataclass(slots=True, kw_only=True)
 class DelayedLive(DecoupledLive):
-    flights: list[Flight] = dataclasses.field(default_factory=list)
+    ages: Ages
+    books: Books
+    flights: list[Flight] = dataclasses.field(default_factory=list)  # oldest first
     fresh: list[dict[str, Tensor]] = dataclasses.field(default_factory=list)  # the batch that is being read
+
+    def hand(self, micro: dict[str, Tensor], name: str, t: Tensor, number: int) -> None:
+        """To the module that needs it next."""
+        if self.line:
+            self.line.send(t, number)
+        else:
+            micro[name] = t.contiguous()  # a checkpoint keeps no other layout
+
+    def given(self, flight: Flight, number: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """Each micro-batch, and what a module is to pass forward of it."""
+        if self.ages.apart:
+            flight.arrive()
+        for micro in flight.micros:
+            sent_now = self.line if number and not self.ages.apart else None
+            yield micro, sent_now.take() if sent_now else micro.pop("x")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,15 +59,17 @@ class Delayed(Decoupled):
 
     def init(self, net: Net, worker: Worker) -> State:
         state = Decoupled.init(self, net, worker)
-        values = {f.name: getattr(state.live, f.name) for f in dataclasses.fields(DecoupledLive)}
-        state.live = DelayedLive(**values)
+        old: DecoupledLive = state.live
+        values = {f.name: getattr(old, f.name) for f in dataclasses.fields(DecoupledLive)}
+        ages = Ages(len(old.parts) - 1, self.apart)
+        state.live = DelayedLive(**values, ages=ages, books=Books(old.net, ages, old.worker, old.line, not self.replay))
         state.saved["flights"] = None
         return state
 
     def step(self, state: State, batches: Sequence[Batch], clock: Clock) -> Metrics:
         live, saved = state.live, state.saved
         if saved["flights"] is not None:
-            live.flights = [Flight(**f | {"micros": shares.own(f["micros"], live.worker)}) for f in saved["flights"]]
+            live.flights = [live.books.own(flight) for flight in saved["flights"]]
             saved["flights"] = None
         return Decoupled.step(self, state, batches, clock)
 
@@ -74,28 +82,40 @@ class Delayed(Decoupled):
         live: DelayedLive = state.live
         live.flights.append(Flight(clock.batch, live.fresh))
         live.fresh = []
-        for flight in live.flights:
-            self._advance(state, flight, clock)
-        if "loss" not in live.told:
-            self._tell_first_loss(state, clock)
-        last = 2 * (len(live.parts) - 1) if self.apart else len(live.parts) - 1
-        live.flights = [flight for flight in live.flights if flight.age <= last]
-        if any(p.grad is not None for p in live.net.parameters()):  # else nothing has come to the last module yet
+        if all(flight.age != live.ages.back(live.ages.top) for flight in live.flights):
+            self._tell_first_loss(state, live.flights[-1], clock)
+        if live.line:
+            self._ask(live, live.own[0])
+        for flight in reversed(live.flights):  # what others wait for first
+            for number in live.own:
+                self._advance(state, flight, number, clock)
+            flight.age += 1
+        live.flights = [flight for flight in live.flights if flight.age <= live.ages.back(0)]
+        if any(p.grad is not None for p in live.net.parameters()):  # else nothing has come back yet
             Decoupled._apply(self, state, clock)
 
-    def _advance(self, state: State, flight: Flight, clock: Clock) -> None:
-        """What modules do with a batch at its age."""
+    def _ask(self, live: DelayedLive, number: int) -> None:
+        """For all that neighbours send in this step for later ones. What the first module alone is given goes."""
+        ages, shapes = live.ages, live.net.shapes
+        if number:
+            for micro in live.flights[-1].micros:
+                del micro["x"]
+        for flight in live.flights:
+            if number < ages.top and flight.age == ages.back(number + 1):
+                flight.expect(live.line, "grad", shapes[number], number + 1)  # type: ignore[arg-type]
+            if number and self.apart and flight.age == ages.forward(number - 1):
+                flight.expect(live.line, "x", shapes[number - 1], number - 1)  # type: ignore[arg-type]
+
+    def _advance(self, state: State, flight: Flight, number: int, clock: Clock) -> None:
+        """What a module does with a batch at its age."""
         live: DelayedLive = state.live
-        top, age = len(live.parts) - 1, flight.age
-        forward = range(age, min(age + 1, top)) if self.apart else range(top if age == 0 else 0)
-        back = age - top if self.apart else age  # how many modules lie above the one that goes backward
-        for number in forward:
+        if number == live.ages.top:
+            if flight.age == live.ages.back(number):
+                self._loss(state, flight, clock)
+        elif flight.age == live.ages.forward(number):
             self._forward(live, flight, number)
-        if back == 0:
-            self._loss(state, flight, clock)
-        elif back > 0:
-            self._backward(live, flight, top - back)
-        flight.age += 1
+        elif flight.age == live.ages.back(number):
+            self._backward(live, flight, number)
 
     def _forward(self, live: DelayedLive, flight: Flight, number: int) -> None:
         import torch
@@ -103,22 +123,22 @@ class Delayed(Decoupled):
         part = live.parts[number]
         if not self.replay:
             flight.weights[str(number)] = {name: _copy(p) for name, p in part.named_parameters()}
-        for micro in flight.micros:
-            micro[f"given {number}"] = micro["x"]
+        for micro, x in live.given(flight, number):
+            micro[f"given {number}"] = x
             with torch.no_grad(), live.worker.autocast():
-                micro["x"] = part(micro["x"]).contiguous()  # a checkpoint keeps no other layout
+                h = part(x)
+            live.hand(micro, "x", h, number + 1)
 
     def _loss(self, state: State, flight: Flight, clock: Clock) -> None:
         """The last module's forward and backward pass."""
         live: DelayedLive = state.live
-        for micro in flight.micros:
-            x = micro.pop("x").detach().requires_grad_(len(live.parts) > 1)
+        for micro, given in live.given(flight, live.ages.top):
+            x = given.detach().requires_grad_(live.ages.top > 0)
             batch, share = Batch(x, micro["y"], micro["position"]), len(x) / flight.size
-            with live.worker.autocast():
-                loss = self.objective(live.parts[-1], batch, clock)
-            live.worker.backward(loss * (share * live.worker.size))
-            _keep(micro, x.grad)
-            self.tell(state, "loss", loss.detach() * share)
+            loss = self.top(state, batch, clock, share * live.worker.size)
+            if x.grad is not None:
+                live.hand(micro, "grad", x.grad, live.ages.top - 1)
+            self.tell(state, "loss", loss * share)
 
     def _backward(self, live: DelayedLive, flight: Flight, number: int) -> None:
         """One module's, from what the one above sent a step ago."""
@@ -128,52 +148,54 @@ class Delayed(Decoupled):
 
         part, old = live.parts[number], flight.weights.pop(str(number), None)
         used: dict[str, Tensor] = (
-            dict(part.named_parameters()) if old is None else {n: _leaf(t, live) for n, t in old.items()}
+            dict(part.named_parameters()) if old is None else {n: t.requires_grad_() for n, t in old.items()}
         )
+        flight.arrive()
         for micro in flight.micros:
-            x = boundary(micro.pop(f"given {number}"))
+            x = micro.pop(f"given {number}")
+            x = boundary(x) if number else x
             with quiet(part):
                 with live.worker.autocast():
                     h = functional_call(part, used, (x,))
                 inject(h, self.shrink * micro.pop("grad"), live.worker)
-            _keep(micro, x.grad)
+            if x.grad is not None:
+                live.hand(micro, "grad", x.grad, number - 1)
         if old is not None:
             for name, p in part.named_parameters():
                 _add(p, used[name].grad)
 
-    def _tell_first_loss(self, state: State, clock: Clock) -> None:
+    def _tell_first_loss(self, state: State, read: Flight, clock: Clock) -> None:
         """While no batch has come to the last module: the loss of the batch that was read, of which nothing learns."""
         import torch
 
         live: DelayedLive = state.live
-        for micro in live.flights[-1].micros:
-            x = micro["given 0"]
+        for micro in read.micros if live.ages.top in live.own else ():
+            batch = Batch(micro["x"], micro["y"], micro["position"])
             with torch.no_grad(), live.worker.autocast(), quiet(live.net):
-                loss = self.objective(live.net, Batch(x, micro["y"], micro["position"]), clock)
-            self.tell(state, "loss", loss * (len(x) / clock.batch))
+                loss = self.objective(live.net, batch, clock)
+            self.tell(state, "loss", loss * (len(batch) / clock.batch))
 
     def gather(self, state: State) -> None:
         Decoupled.gather(self, state)
         live: DelayedLive = state.live
-        state.saved["flights"] = [
-            {"size": f.size, "age": f.age, "weights": f.weights, "micros": shares.whole(f.micros, f.size, live.worker)}
-            for f in live.flights
-        ]
+        for flight in live.flights:
+            flight.arrive()
+        state.saved["flights"] = [live.books.whole(flight) for flight in live.flights]
 
-
-def _keep(micro: dict[str, Tensor], grad: Tensor | None) -> None:
-    if grad is not None:
-        micro["grad"] = grad.contiguous()
+    def finish(self, state: State) -> None:
+        """Nobody goes backward through what is still under way."""
+        live: DelayedLive = state.live
+        for flight in live.flights:
+            flight.arrive()
+        if live.line:
+            live.line.close(taken=not self.apart)
+        Decoupled.finish(self, state)
 
 
 def _copy(p: Tensor) -> Tensor:
     import torch
 
     return p.detach().clone(memory_format=torch.contiguous_format)
-
-
-def _leaf(t: Tensor, live: DelayedLive) -> Tensor:
-    return t.to(live.worker.device).detach().requires_grad_()
 
 
 def _add(p: Tensor, grad: Tensor | None) -> None:

@@ -41,10 +41,7 @@ class Greedy(Decoupled):
             if live.line and number:
                 batch = dataclasses.replace(batch, x=live.line.take())
             if number == len(live.parts) - 1:
-                with live.worker.autocast():
-                    loss = self.objective(live.parts[-1], batch, clock)
-                live.worker.backward(loss * weight)
-                return loss.detach()
+                return self.top(state, batch, clock, weight)
             batch = dataclasses.replace(batch, x=self._below(state, number, batch, clock, weight))
         return batch.x.new_zeros(())
 

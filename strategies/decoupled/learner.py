@@ -51,9 +51,11 @@ class Decoupled(Backprop):
     """Backprop within each module; what goes between modules, and when, is for those who come after this class.
 
     ahead: None: all modules on each worker. Else each on workers of its own, which may be so many batches ahead of the next.
+    bf16_messages: what these send to each other is rounded to bf16.
     """
 
     ahead: int | None = None
+    bf16_messages: bool = False
 
     def __post_init__(self) -> None:
         if self.gradient is not one_forward_one_backward:
@@ -98,7 +100,7 @@ class Decoupled(Backprop):
                             "leave out what puts another in its place")  # fmt: skip
         parts, line = net.parts(), None
         if self.ahead is not None:
-            line, worker = roles.Line(worker, net), roles.one_role(worker, len(parts))
+            line, worker = roles.Line(worker, net, self.bf16_messages), roles.one_role(worker, len(parts))
         state = Backprop.init(dataclasses.replace(self, optimizer=OneEach(self.optimizer, parts)), net, worker)
         helpers = [h.to(device=worker.device, dtype=next(net.parameters()).dtype) for h in self.helpers(net)]
         for helper in helpers:
@@ -121,17 +123,26 @@ class Decoupled(Backprop):
         return metrics
 
     def _tell_all(self, state: State, line: Line, like: Tensor) -> None:
-        """Workers of all modules tell metrics of the same names."""
+        """All workers tell metrics of the same names: those of modules, and what each rank has waited."""
         live: DecoupledLive = state.live
-        idle = [f"idle_seconds_{number}" for number in range(len(live.parts))]
-        for name in (*self.names(live), *idle):
+        own = {f"idle_seconds_{line.worker.rank}": line.idle, f"occupancy_{line.worker.rank}": line.occupancy()}
+        ranks = [f"{what}_{rank}" for what in ("idle_seconds", "occupancy") for rank in range(line.worker.size)]
+        for name in (*self.names(live), *ranks):
             live.told.setdefault(name, like.new_zeros(()))
-        self.tell(state, idle[line.role], like.new_tensor(line.idle / live.worker.size))
-        line.idle = 0.0
+        for name, value in own.items():
+            self.tell(state, name, like.new_tensor(value))
 
     def names(self, live: DecoupledLive) -> list[str]:
         """Of what is told by the workers of some modules only."""
         return []
+
+    def top(self, state: State, batch: Batch, clock: Clock, weight: float) -> Tensor:
+        """The last module's forward and backward pass of a micro-batch; -> its mean loss."""
+        live: DecoupledLive = state.live
+        with live.worker.autocast():
+            loss = self.objective(live.parts[-1], batch, clock)
+        live.worker.backward(loss * weight)
+        return loss.detach()
 
     def _micro(self, state: State, batch: Batch, clock: Clock, last: bool) -> Tensor:
         share = len(batch) / clock.batch
@@ -200,6 +211,9 @@ def decouple(phase: Phase, by: object, cuts: Sequence[int] | None, kind: type[De
         raise PlanError(
             f"{name} and {type(learner).__name__} both change how phase '{phase.name}' learns: leave one of the two out"
         )
+    if options.get("bf16_messages") and options["ahead"] is None:
+        raise PlanError(f"{name}: bf16_messages are those between workers of different modules, but each worker has all of "
+                        "them: leave it out")  # fmt: skip
     usual = {f.name: getattr(learner, f.name) for f in dataclasses.fields(Backprop)}
     spec = ModelSpec(network, (("model", phase.model), ("cuts", None if cuts is None else tuple(cuts))))
     return dataclasses.replace(phase, model=spec, learner=kind(**usual, **options))

@@ -44,73 +44,84 @@ class OneRole:
         optimizer.zero_grad(set_to_none=True)
 
 
-class Timed:
-    """A message whose waits count as its line's idle time."""
+class Message:
+    """A tensor on its way from or to a neighbour. The time spent in waiting for it is its line's idle time."""
 
-    def __init__(self, message: Pending, line: Line):
-        self.message, self.line = message, line
+    def __init__(self, line: Line, under_way: Pending, sent: Tensor, wanted: Tensor):
+        self.line, self.under_way, self.sent, self.wanted = line, under_way, sent, wanted
 
     def wait(self) -> None:
         begun = time.perf_counter()
-        self.message.wait()
+        self.under_way.wait()
         self.line.idle += time.perf_counter() - begun
+        if self.sent is not self.wanted:
+            self.wanted.copy_(self.sent)
 
 
 class Line:
     """Messages between this worker's module and its neighbours'.
 
-    Activations go up and gradients down, a message for each micro-batch; what comes next from below is awaited one message
-    ahead. At most as many batches of messages as `begin` is told wait on their way to a neighbour. `idle`: seconds spent in
-    waiting for neighbours, which the learner tells and sets to zero.
+    Activations go up and gradients down, a message for each micro-batch. At most as many batches of messages as `begin` is
+    told wait on their way to a neighbour. A learner asks for all that it will be sent before it waits for anything that this
+    could hold up, so that modules cannot wait for each other in a circle: of all workers, one that is furthest behind finds
+    what it needs sent already, and what it sends asked for.
+
+    `idle`: seconds of this step spent in waiting for neighbours. With `bf16`, messages are rounded to it.
     """
 
-    idle = 0.0
+    def __init__(self, worker: Worker, net: CutNet, bf16: bool = False):
+        import torch
 
-    def __init__(self, worker: Worker, net: CutNet):
         self.worker, self.shapes, self.role = worker, net.shapes, worker.role
         self.like = next(net.parameters())
-        self.sent: dict[int, deque[tuple[Tensor, Pending]]] = {}
-        self.posted: tuple[Tensor, Pending] | None = None
+        self.dtype = torch.bfloat16 if bf16 else self.like.dtype
+        self.sent: dict[int, deque[Message]] = {}
+        self.posted: tuple[Tensor, Message] | None = None
         self.lengths: list[int] = []
 
     def begin(self, lengths: list[int], ahead: int) -> None:
         """A step with micro-batches of these lengths, which are those of all steps of a phase."""
         self.lengths, self.most, self.taken = lengths, ahead * len(lengths), 0
+        self.begun, self.idle = time.perf_counter(), 0.0
+
+    def occupancy(self) -> float:
+        """The share of this step, so far, that was not spent in waiting for neighbours."""
+        return 1 - self.idle / (time.perf_counter() - self.begun)
 
     def send(self, t: Tensor | None, role: int) -> None:
         """Returns at once, unless too many messages wait: then the neighbour has to catch up first."""
         assert t is not None, "a module's input has a gradient"
-        t = t.detach().to(self.like.dtype).contiguous()
+        t = t.detach().to(self.dtype).contiguous()
         waiting = self.sent.setdefault(role, deque())
-        waiting.append((t, Timed(self.worker.send(t, role), self)))
+        waiting.append(Message(self, self.worker.send(t, role), t, t))
         while len(waiting) > self.most:
-            waiting.popleft()[1].wait()
+            waiting.popleft().wait()
+
+    def expect(self, shape: Sequence[int], role: int) -> tuple[Tensor, Message]:
+        """Room for the next message of a neighbour that was not asked for yet, filled once it has been waited for."""
+        wanted = self.like.new_empty(shape, requires_grad=False)
+        room = wanted if self.dtype == wanted.dtype else wanted.to(self.dtype)
+        return wanted, Message(self, self.worker.recv(room, role), room, wanted)
 
     def take(self) -> Tensor:
-        """Activations from below."""
-        t, pending = self.posted or self._post(0)
+        """Activations from below; those that come next are asked for, so that they are received meanwhile."""
+        t, message = self.posted or self._post(0)
         self.taken += 1
         self.posted = self._post(self.taken % len(self.lengths))
-        pending.wait()
+        message.wait()
         return t
 
-    def expect(self, h: Tensor) -> tuple[Tensor, Pending]:
-        """Room for what comes back from above for `h`."""
-        t = self.like.new_empty(h.shape, requires_grad=False)
-        return t, Timed(self.worker.recv(t, self.role + 1), self)
+    def _post(self, number: int) -> tuple[Tensor, Message]:
+        return self.expect((self.lengths[number], *self.shapes[self.role - 1]), self.role - 1)
 
-    def _post(self, number: int) -> tuple[Tensor, Pending]:
-        t = self.like.new_empty(self.lengths[number], *self.shapes[self.role - 1], requires_grad=False)
-        return t, Timed(self.worker.recv(t, self.role - 1), self)
-
-    def close(self) -> None:
-        """Until all messages have arrived; an empty one for the neighbour above, which awaits the next."""
-        if self.lengths and self.role < len(self.shapes):
+    def close(self, taken: bool = True) -> None:
+        """Until all messages have arrived; an empty one for the neighbour above where it has `taken` all others."""
+        if self.lengths and taken and self.role < len(self.shapes):
             self.send(self.like.new_zeros(self.lengths[0], *self.shapes[self.role]), self.role + 1)
         if self.posted:
             self.posted[1].wait()
-        for _, pending in (message for waiting in self.sent.values() for message in waiting):
-            pending.wait()
+        for message in (message for waiting in self.sent.values() for message in waiting):
+            message.wait()
         self.posted, self.sent, self.lengths = None, {}, []
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from strategies.contract import Worker
@@ -14,12 +14,16 @@ MICRO = "micro"  # to which of its worker's micro-batches an example belongs
 
 
 def whole(
-    micros: Sequence[dict[str, Tensor]], size: int, worker: Worker, everyone: Worker | None = None, held: bool = True
+    micros: Sequence[dict[str, Tensor]],
+    size: int,
+    worker: Worker,
+    everyone: Worker | None = None,
+    held: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """(size, ...) for each name, alike on every rank, of each worker's share in micro-batches; and MICRO.
 
-    Where `worker` stands for those of one role, `everyone` is all of them, and the shares of those that have not `held` the
-    examples count as nothing.
+    Where `worker` stands for those of one role, `everyone` is all of them, and of each worker counts what it has `held` alone,
+    which is all of it for None; what it has not may be anything of the same shape.
     """
     import torch
 
@@ -30,7 +34,7 @@ def whole(
     wholes = {}
     for name, own_part in share.items():
         wholes[name] = own_part.new_zeros(size, *own_part.shape[1:])
-        if held:
+        if held is None or name in held:
             wholes[name][begin:end] = own_part
         (everyone or worker).sum_(wholes[name])
     return wholes

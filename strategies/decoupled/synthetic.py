@@ -102,7 +102,7 @@ class Synthetic(Decoupled):
         unit = live.worker.size / clock.batch
         guessed = [live.guess_input(cut, batch.x) for cut in range(len(live.parts) - 1) if self.guess_inputs]
         given, made = forward(live.parts, batch.x, live.worker, guessed)
-        loss = self._top(live, dataclasses.replace(batch, x=given[-1]), clock, weight)
+        loss = self.top(state, dataclasses.replace(batch, x=given[-1]), clock, weight)
         for cut in reversed(range(len(made))):
             back = given[cut + 1].grad
             assert back is not None
@@ -115,13 +115,6 @@ class Synthetic(Decoupled):
             live.learn(guess, true.detach(), unit)
         return loss
 
-    def _top(self, live: SyntheticLive, batch: Batch, clock: Clock, weight: float) -> Tensor:
-        """The last module's forward and backward pass."""
-        with live.worker.autocast():
-            loss = self.objective(live.parts[-1], batch, clock)
-        live.worker.backward(loss * weight)
-        return loss.detach()
-
     def _alone(self, state: State, batch: Batch, clock: Clock, weight: float) -> Tensor:
         """As `exchange`, for the one module of this worker's role."""
         from strategies.decoupled.boundary import boundary
@@ -132,7 +125,7 @@ class Synthetic(Decoupled):
         self._stand_in(live, number, batch)
         x = boundary(line.take()) if number else batch.x
         if number == len(live.parts) - 1:
-            loss = self._top(live, dataclasses.replace(batch, x=x), clock, weight)
+            loss = self.top(state, dataclasses.replace(batch, x=x), clock, weight)
             if number:
                 line.send(x.grad, number - 1)
             return loss
@@ -146,8 +139,8 @@ class Synthetic(Decoupled):
         assert line
         with live.worker.autocast():
             h = live.parts[number](x)
+        back, pending = line.expect(h.shape, number + 1)
         line.send(h, number + 1)
-        back, pending = line.expect(h)
         pair = Pair(h.detach().to(back.dtype), y, back)
 
         def then() -> None:

@@ -89,7 +89,7 @@ class Waiting:
 
     def _whole(self, size: int, cut: int, entries: list[tuple[Pair, Arrive]]) -> dict[str, Tensor]:
         micros = [pair._asdict() for pair, _ in entries]
-        return shares.whole(micros, size, self.worker, self.everyone, cut in self.held)
+        return shares.whole(micros, size, self.worker, self.everyone, None if cut in self.held else ())
 
     def restore(self, saved: list[Any]) -> None:
         """This worker's share of what was `whole`."""

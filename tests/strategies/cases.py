@@ -98,6 +98,15 @@ def with_stages(plan: Plan) -> Plan:
     return plan.map(lambda phase: dataclasses.replace(phase, model=ModelSpec(staged_net)))
 
 
+def normalised_stages(inputs: tuple[int, ...], classes: int) -> Net:
+    first = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(inputs), 8), nn.BatchNorm1d(8), nn.Tanh())
+    return Net([first, nn.Sequential(nn.Linear(8, 8), nn.Tanh())], head=nn.Linear(8, classes))
+
+
+def with_normalised_stages(plan: Plan) -> Plan:
+    return plan.map(lambda phase: dataclasses.replace(phase, model=ModelSpec(normalised_stages)))
+
+
 @dataclass(frozen=True)
 class Case:
     acts: dict[str, Any]  # options under which the method changes the result
@@ -188,6 +197,14 @@ CASES: dict[str, Case] = {
     "patch_affine": Case(
         acts={}, neutral={"largest": 0}, base=with_factors, inputs=IMAGES
     ),  # by itself it changes nothing
+    "pipeline": Case(
+        acts={"cuts": [1], "roles": False, "micro_batches": 3},
+        neutral={"cuts": [], "micro_batches": 1},
+        base=with_normalised_stages,  # else it is the baseline
+        micro_batches=(),  # normalised are the parts that follow each other
+        shares=(),
+        repeats=False,
+    ),
     "post_local_sgd": Case(
         acts={"start": 0.25, "period": 4},
         neutral={"period": 1},

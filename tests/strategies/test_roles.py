@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from orchestrator.recipe.load import loads
 from strategies.contract import ModelSpec, Plan, PlanError
 from strategies.decoupled.boundary import build
 from strategies.decoupled.roles import Line
+from strategies.delayed_gradient import DelayedGradient
 from strategies.ema import Ema
 from strategies.local_loss import LocalLoss
 from strategies.net import Net
+from strategies.pipeline import Pipeline
 from strategies.synthetic_gradient import SyntheticGradient
 from tests.strategies.cases import with_stages
 from tests.strategies.harness import WIDTH, Blobs, Trained, baseline, distance, train
@@ -27,7 +30,9 @@ from tests.workers import run_workers
 
 CUTS = [1, 2]
 Job = tuple[str, dict[str, Any], dict[str, Any]]  # a strategy's kind and options, options of training
-KINDS: dict[str, Any] = {"dgl": LocalLoss, "dni": SyntheticGradient}
+KINDS: dict[str, Any] = {
+    "dgl": LocalLoss, "dni": SyntheticGradient, "late": DelayedGradient, "pipeline": Pipeline
+}  # fmt: skip
 
 
 def three_stages(inputs: tuple[int, ...], classes: int) -> Net:
@@ -50,14 +55,18 @@ def on_workers(worker: Any, jobs: list[Job], directory: Path) -> list[Trained]:
     return found
 
 
+def together(options: dict[str, Any]) -> dict[str, Any]:
+    """The same, with all modules on each worker."""
+    return {k: False if k == "roles" else v for k, v in options.items() if k != "ahead"}
+
+
 def on_one(kind: str, options: dict[str, Any], directory: Path, **how: Any) -> Trained:
-    left = {name: value for name, value in options.items() if name not in ("roles", "ahead")}
-    return train(KINDS[kind](cuts=CUTS, **left).edit(base()), directory, **how)
+    return train(KINDS[kind](cuts=CUTS, **together(options)).edit(base()), directory, **how)
 
 
 def untimed(trained: Trained, late: bool) -> list[dict[str, object]]:
     """Rows, but for times, and for cosines where they come late."""
-    timed = ("second", "cosine") if late else ("second",)
+    timed = ("second", "occupancy", *(["cosine"] if late else []))
     return [{k: v for k, v in row.items() if not any(t in k for t in timed)} for row in trained.rows]
 
 
@@ -74,22 +83,61 @@ JOBS: list[Job] = [
     ("dni", {"roles": True, "queue": 0, "rate": 0.01}, {}),
     ("dni", {"roles": True, "queue": 2, "rate": 0.01}, {"log_steps": 5}),
     ("dni", {"roles": True, "queue": 1, "share": 0.2, "share_epochs": 1.0}, {"micro_batch": 5}),
+    ("late", {"ahead": 0, "variant": "ddg"}, {}),
+    ("late", {"ahead": 1, "variant": "ddg"}, {"micro_batch": 5, "log_steps": 3, "save_seconds": 0}),
+    ("late", {"ahead": 0, "variant": "fr", "shrink": 0.7}, {"micro_batch": 5}),
+    ("late", {"ahead": 0, "variant": "fdg", "shrink": 0.7}, {"save_seconds": 0}),
+    ("late", {"ahead": 1, "variant": "fdg"}, {"micro_batch": 5, "log_steps": 5, "save_seconds": 0}),
+    ("pipeline", {"roles": True, "micro_batches": 3}, {}),
+    ("pipeline", {"roles": True, "micro_batches": 2}, {"micro_batch": 5}),
 ]
+
+
+def assert_as_alone(found: list[Trained], directory: Path) -> None:
+    for number, ((kind, options, how), apart) in enumerate(zip(JOBS, found, strict=True)):
+        alone = on_one(kind, options, directory / f"alone {number}", **how)
+        assert_alike(apart, alone, late=bool(options.get("queue")))
 
 
 def test_three_roles_equal_one_worker(tmp_path: Path) -> None:
     (found, *_) = run_workers(on_workers, 3, JOBS, tmp_path / "apart")
-    for number, ((kind, options, how), apart) in enumerate(zip(JOBS, found, strict=True)):
-        alone = on_one(kind, options, tmp_path / f"alone {number}", **how)
-        assert_alike(apart, alone, late=bool(options.get("queue")))
+    assert_as_alone(found, tmp_path)
 
 
-def test_idle_time_is_told_of_each_module(tmp_path: Path) -> None:
-    """Of a module that waits for one that is slow; as seconds in a step."""
+def with_delays(worker: Any, directory: Path) -> list[Trained]:
+    """Before each message that is sent or asked for, and before each wait; other ones on each worker, and rarely long ones."""
+    delays = random.Random(worker.rank)
+
+    def pause() -> None:
+        time.sleep(0.02 if delays.random() < 0.02 else 0.001 * delays.random())
+
+    class Slow:
+        def __init__(self, pending: Any):
+            self.pending = pending
+
+        def wait(self) -> None:
+            pause()
+            self.pending.wait()
+
+    def slow(verb: Any) -> Any:
+        return lambda t, role: (pause(), Slow(verb(t, role)))[1]
+
+    worker.send, worker.recv = slow(worker.send), slow(worker.recv)
+    return on_workers(worker, JOBS, directory)
+
+
+def test_random_delays_change_nothing_and_hold_nobody_up(tmp_path: Path) -> None:
+    (found, *_) = run_workers(with_delays, 3, tmp_path / "apart", limit=40.0)
+    assert_as_alone(found, tmp_path)
+
+
+def test_idle_time_and_occupancy_are_told_of_each_rank(tmp_path: Path) -> None:
+    """Of a worker that waits for one that is slow: seconds in a step, and the share of the step that is left."""
     (found, *_) = run_workers(slow_first_module, 2, tmp_path)
     rows = found.rows
     assert all(row["train_idle_seconds_1"] >= 0.02 for row in rows)
     assert all(0 <= row["train_idle_seconds_0"] < row["train_idle_seconds_1"] for row in rows)
+    assert all(0 <= row["train_occupancy_1"] < 0.5 < row["train_occupancy_0"] <= 1 for row in rows)
 
 
 def slow_first_module(worker: Any, directory: Path) -> Trained:
@@ -133,7 +181,7 @@ def interrupted(worker: Any, job: Job, directory: Path) -> str:
     return "not interrupted"
 
 
-@pytest.mark.parametrize("job", [JOBS[2], JOBS[4]], ids=["dgl", "dni"])
+@pytest.mark.parametrize("job", [JOBS[2], JOBS[4], JOBS[7], JOBS[9], JOBS[10]], ids=lambda job: " ".join(map(str, job)))
 @pytest.mark.slow
 def test_roles_resume_from_the_checkpoint_of_rank_0(job: Job, tmp_path: Path) -> None:
     """Momentum, synthesisers and what they wait for included, of modules that rank 0 does not train."""
@@ -156,8 +204,12 @@ def two_by_two(worker: Any, directory: Path) -> list[Trained]:
 
 
 REPLICATED: list[tuple[str, dict[str, Any]]] = [
-    ("dgl", {"ahead": 1}), ("dni", {"roles": True, "queue": 1, "rate": 0.01})
-]  # fmt: skip
+    ("dgl", {"ahead": 1}),
+    ("dni", {"roles": True, "queue": 1, "rate": 0.01}),
+    ("late", {"ahead": 1, "variant": "ddg"}),
+    ("late", {"ahead": 0, "variant": "fdg"}),
+    ("pipeline", {"roles": True, "micro_batches": 2}),
+]
 
 
 @pytest.mark.slow
@@ -165,8 +217,9 @@ def test_replicas_of_roles_share_out_the_batch(tmp_path: Path) -> None:
     """Two replicas of two modules, on 5 and 6 examples of each batch."""
     found = run_workers(two_by_two, 4, tmp_path / "apart")
     for number, (kind, options) in enumerate(REPLICATED):
-        left = {name: value for name, value in options.items() if name not in ("roles", "ahead")}
-        alone = train(KINDS[kind](cuts=[1], **left).edit(with_stages(baseline(batch=11))), tmp_path / str(number))
+        alone = train(
+            KINDS[kind](cuts=[1], **together(options)).edit(with_stages(baseline(batch=11))), tmp_path / str(number)
+        )
         assert distance(found[0][number], alone) < 1e-12
 
 
@@ -194,7 +247,10 @@ def test_messages_stay_in_order_within_a_replica() -> None:
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
-@pytest.mark.parametrize("strategy", [LocalLoss(cuts=CUTS, ahead=1), SyntheticGradient(cuts=CUTS, roles=True)])
+@pytest.mark.parametrize("strategy", [
+    LocalLoss(cuts=CUTS, ahead=1), SyntheticGradient(cuts=CUTS, roles=True), DelayedGradient(cuts=CUTS, ahead=0),
+    Pipeline(cuts=CUTS)
+])  # fmt: skip
 def test_roles_ask_for_an_engine_that_sends(strategy: Any) -> None:
     plan = strategy.edit(base())
     assert plan.roles == 3
