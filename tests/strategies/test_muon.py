@@ -40,6 +40,14 @@ def step(
     return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 
+def gradient(rows: int) -> Tensor:
+    """That of the hidden matrix in the first step."""
+    made = net(rows)
+    torch.manual_seed(0)
+    found = {name: torch.randn_like(p) for name, p in made.named_parameters()}
+    return found["stages.1.weight"]
+
+
 def muon(**options: float) -> MuonAndBase:
     return MuonAndBase(SGD, Muon(**{"weight_decay": 0.0} | options))  # type: ignore[arg-type]
 
@@ -66,6 +74,11 @@ def test_steps_are_nearly_orthogonal(rows: int) -> None:
     moved = (before - step(net(rows), muon())["stages.1.weight"]) / 0.1 / max(1, rows / 4) ** 0.5
     values = torch.linalg.svdvals(moved)
     assert values.min() > 0.5 and values.max() < 1.3
+    u, _, vh = torch.linalg.svd(
+        gradient(rows), full_matrices=False
+    )  # the gradient's own singular vectors; torch works in bf16
+    turned = u.T @ moved @ vh.T
+    assert (turned - turned.diagonal().diag()).abs().max() < 0.05
 
 
 def test_the_scale_of_the_gradient_is_nothing() -> None:

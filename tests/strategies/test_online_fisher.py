@@ -89,20 +89,20 @@ def test_parts_of_a_batch_add_up() -> None:
     assert torch.allclose(factor.updated(added, 0.3).dense(), factor.updated(sums(x, factor), 0.3).dense(), atol=1e-14)
 
 
-@pytest.mark.parametrize(("rank", "bound"), [(5, 0.04), (9, 0.04), (15, 0.04)])
-def test_stationary_data_are_learnt(rank: int, bound: float) -> None:
+@pytest.mark.parametrize("rank", [5, 9, 15])
+def test_stationary_data_are_learnt(rank: int) -> None:
     """Against the best of its form: the top components of the true covariance, the rest even."""
     width = 30
     factor = start(width, rank, torch.zeros(0, dtype=torch.float64))
     scales, g = torch.logspace(0, -1, width, dtype=torch.float64), drawn()
     x = torch.randn(512, width, generator=g, dtype=torch.float64) * scales
     factor = first(factor, sums(x, None), 0.1)
-    for _ in range(400):
+    for _ in range(800):
         x = torch.randn(512, width, generator=g, dtype=torch.float64) * scales
         factor = factor.updated(sums(x, factor), 1 - torch.exp(torch.tensor(-512 / 20000)).item())
     truth = scales.square()
     best = torch.cat([truth[:rank], truth[rank:].mean().expand(width - rank)]).diag()
-    assert (factor.dense() - best).norm() / truth.norm() < bound
+    assert (factor.dense() - best).norm() / truth.norm() < 0.02
 
 
 def test_much_smoothing_changes_nothing() -> None:
