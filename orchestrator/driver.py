@@ -51,22 +51,31 @@ def drive(study: Study, wait: bool = False, fresh: bool = False, fail_fast: bool
 
 
 class Ticker(threading.Thread):
-    """A context in which `tick` is called now and then, by a thread: for a poll that trains in this very process."""
+    """A context in which `tick` is called now and then, by a thread: for a poll that trains in this very process.
+
+    Raises at its end what kept the thread from going on: a disk that is full.
+    """
 
     def __init__(self, tick: Callable[[], None]):
         super().__init__(daemon=True)
         self.tick, self.over = tick, threading.Event()
+        self.error: OSError | None = None
 
     def run(self) -> None:
-        while not self.over.wait(TICK):
-            self.tick()
+        try:
+            while not self.over.wait(TICK):
+                self.tick()
+        except OSError as error:
+            self.error = error
 
     def __enter__(self) -> None:
         self.start()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.over.set()
         self.join()
+        if self.error and not any(raised):
+            raise self.error
 
 
 @dataclass(slots=True)
