@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from cluster.engines import make_worker
+from orchestrator.checkpoint import snapshot
 from orchestrator.recipe.workload_schema import Interval, Network
 from orchestrator.workloads import build_network
 from strategies import CATALOGUE
@@ -213,6 +215,34 @@ def test_methods_go_through_the_switch(name: str, tmp_path: Path) -> None:
     assert distance(*found) < 1e-12
     losses = [row["train_loss"] for row in found[0].rows]
     assert abs(losses[8] - losses[7]) < 0.2 and losses[-1] < losses[0]
+
+
+def switched(name: str, **options: Any) -> tuple[list[Any], list[Any]]:
+    """What the updates of a method keep after a step with small kernels, and what the next phase begins with."""
+    base = KernelRescale(shares=[0.5], kernels=[3]).edit(with_large_kernels(baseline(epochs=4)))
+    small, large = CATALOGUE[name](**options).edit(base).phases
+    nets = [phase.model(IMAGES, 3).double() for phase in (small, large)]
+    worker = make_worker("solo", {}, "fp64", 0, 1, torch.device("cpu"))
+    old, new = (phase.learner.init(net, worker) for phase, net in zip((small, large), nets, strict=True))
+    batch = small.source(Blobs(inputs=IMAGES).first(12), nets[0])
+    small.learner.step(old, [batch], Clock(0, 8, 0.0, 0.25, 12, 0))
+    content: Any = large.carry
+    return snapshot(old)["updates"], content.state(snapshot(old), new)["updates"]
+
+
+def test_ng_sgd_keeps_its_factors_of_outputs() -> None:
+    old, new = (next(u["factors"] for u in kept if "factors" in u) for kept in switched("ng_sgd"))
+    grown, *same = sorted(new, key=lambda side: side != "stages.0.0.in")
+    assert grown == "stages.0.0.in" and new[grown]["batches"] == 0 and new[grown]["q"].shape[1] == 26
+    assert sorted(same) == ["head.in", "head.out", "stages.0.0.out"]
+    assert all(new[side]["batches"] == 1 and torch.equal(new[side]["q"], old[side]["q"]) for side in same)
+
+
+def test_curvature_begins_anew() -> None:
+    """Factors of outputs too: their scale depends on the number of positions."""
+    old, new = (next(u["curvature"] for u in kept if "curvature" in u) for kept in switched("natural_gradient"))
+    assert old["tensors"] and set(old["counts"].values()) == {1}
+    assert new["tensors"] == new["counts"] == {}
 
 
 def test_amplitude_acts_in_front_of_norms(tmp_path: Path) -> None:
