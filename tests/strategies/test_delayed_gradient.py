@@ -14,6 +14,7 @@ from cluster.engines import make_worker
 from strategies.contract import Batch, Clock, ModelSpec, PlanError
 from strategies.decoupled.boundary import CutNet, build
 from strategies.decoupled.delayed import Delayed
+from strategies.decoupled.flights import Ages
 from strategies.delayed_gradient import DelayedGradient
 from strategies.net import Net
 from strategies.optimizers import Sgd
@@ -130,6 +131,19 @@ def test_fr_passes_old_features_through_the_weights_of_now() -> None:
             value = nn.functional.cross_entropy(out, batch.y) if back is None else (out * back).sum()
             *gradient, back = torch.autograd.grad(value, [*part.parameters(), x])
             assert_close(moved(nets, module, step), gradient)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_staleness_is_that_of_the_papers(count: int) -> None:
+    """In steps from a module's forward pass to its backward pass, on one worker and on many alike."""
+    together, apart = Ages(count - 1, apart=False), Ages(count - 1, apart=True)
+    for module in range(count):
+        assert together.back(module) - together.forward(module) == count - 1 - module
+        assert apart.back(module) - apart.forward(module) == 2 * (count - 1 - module)
+        if module:  # what neighbours send is there a step later, but for activations that are used at once
+            assert apart.forward(module) == apart.forward(module - 1) + 1
+            assert together.forward(module) == together.forward(module - 1)
+            assert all(ages.back(module - 1) == ages.back(module) + 1 for ages in (together, apart))
 
 
 def test_variants_differ() -> None:

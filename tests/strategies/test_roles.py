@@ -57,7 +57,7 @@ def on_workers(worker: Any, jobs: list[Job], directory: Path) -> list[Trained]:
 
 def together(options: dict[str, Any]) -> dict[str, Any]:
     """The same, with all modules on each worker."""
-    return {k: False if k == "roles" else v for k, v in options.items() if k != "ahead"}
+    return {k: False if k == "roles" else v for k, v in options.items() if k not in ("ahead", "bf16_messages")}
 
 
 def on_one(kind: str, options: dict[str, Any], directory: Path, **how: Any) -> Trained:
@@ -93,6 +93,14 @@ JOBS: list[Job] = [
 ]
 
 
+ROUNDED: list[Job] = [
+    ("dgl", {"ahead": 1, "bf16_messages": True}, {}),
+    ("dni", {"roles": True, "queue": 1, "bf16_messages": True}, {}),
+    ("late", {"ahead": 1, "bf16_messages": True}, {}),
+    ("pipeline", {"roles": True, "micro_batches": 2, "bf16_messages": True}, {}),
+]
+
+
 def assert_as_alone(found: list[Trained], directory: Path) -> None:
     for number, ((kind, options, how), apart) in enumerate(zip(JOBS, found, strict=True)):
         alone = on_one(kind, options, directory / f"alone {number}", **how)
@@ -100,8 +108,10 @@ def assert_as_alone(found: list[Trained], directory: Path) -> None:
 
 
 def test_three_roles_equal_one_worker(tmp_path: Path) -> None:
-    (found, *_) = run_workers(on_workers, 3, JOBS, tmp_path / "apart")
-    assert_as_alone(found, tmp_path)
+    (found, *_) = run_workers(on_workers, 3, JOBS + ROUNDED, tmp_path / "apart")
+    assert_as_alone(found[: len(JOBS)], tmp_path)
+    for (kind, options, _), apart in zip(ROUNDED, found[len(JOBS) :], strict=True):
+        assert 1e-7 < distance(apart, on_one(kind, options, tmp_path / f"exact {kind}")) < 1e-2
 
 
 def with_delays(worker: Any, directory: Path) -> list[Trained]:
@@ -149,17 +159,24 @@ def slow_first_module(worker: Any, directory: Path) -> Trained:
 
 
 class Mail:
-    """A worker whose messages arrive when they are waited for."""
+    """A worker whose messages arrive when they are waited for; what it sends comes back to it."""
 
     role = 0
 
     def __init__(self) -> None:
-        self.under_way: list[Mail] = []
+        self.under_way: list[torch.Tensor] = []
 
     def send(self, t: torch.Tensor, role: int) -> Any:
-        self.under_way.append(Mail())
-        self.under_way[-1].wait = lambda own=self.under_way[-1]: self.under_way.remove(own)  # type: ignore[attr-defined]
-        return self.under_way[-1]
+        self.under_way.append(t)
+        return Letter(lambda: self.under_way.pop(0))
+
+    def recv(self, t: torch.Tensor, role: int) -> Any:
+        return Letter(lambda: t.copy_(self.under_way.pop(0)))
+
+
+class Letter:
+    def __init__(self, wait: Any):
+        self.wait = wait
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
@@ -171,6 +188,20 @@ def test_no_more_than_so_many_batches_are_under_way(ahead: int) -> None:
         line.send(torch.zeros(4, 8), 1)
         assert len(mail.under_way) <= 2 * ahead
     assert len(mail.under_way) == 2 * ahead
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_bf16_messages_are_half_as_long(bf16: bool, dtype: torch.dtype) -> None:
+    mail = Mail()
+    line = Line(mail, build((WIDTH,), 3, ModelSpec(three_stages), (1,)), bf16)  # type: ignore[arg-type]
+    line.begin([4], 1)
+    sent = torch.randn(4, 8)
+    line.send(sent, 1)
+    assert [t.dtype for t in mail.under_way] == [dtype]
+    got, message = line.expect(sent.shape, 1)
+    message.wait()
+    assert got.dtype == torch.float32
+    assert got.equal(sent.to(dtype).float())
 
 
 def interrupted(worker: Any, job: Job, directory: Path) -> str:
@@ -268,6 +299,8 @@ def test_what_roles_cannot_do_is_refused(tmp_path: Path) -> None:
         Ema().edit(LocalLoss(cuts=CUTS, ahead=1).edit(base()))
     with pytest.raises(PlanError, match="has 3 roles already"):
         SyntheticGradient(cuts=CUTS, roles=True).edit(LocalLoss(cuts=CUTS, ahead=1).edit(base()))
+    with pytest.raises(PlanError, match="bf16_messages are those between workers"):
+        DelayedGradient(cuts=CUTS, bf16_messages=True).edit(base())
     with pytest.raises(PlanError, match="take a multiple of 3"):
         train(LocalLoss(cuts=CUTS, ahead=1).edit(base()), tmp_path)
 
