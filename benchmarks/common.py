@@ -28,11 +28,11 @@ class Skipped(Exception):
     """A contender that cannot be measured here. str() is why."""
 
 
-def require(*packages: str) -> None:
+def require(*packages: str, how: str = "pip install -e '.[bench]'") -> None:
     """Raises Skipped if a package is missing."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise Skipped(f"{', '.join(missing)} not installed: pip install -e '.[bench]'")
+        raise Skipped(f"{', '.join(missing)} not installed: {how}")
 
 
 def interleave(contenders: Mapping[str, Measure], repeats: int) -> tuple[dict[str, list[Any]], dict[str, str]]:

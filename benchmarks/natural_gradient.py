@@ -1,17 +1,25 @@
-"""What natural_gradient adds to a step of SGD, `python -m benchmarks.natural_gradient`: on ResNet-20, 32 x 32 images.
+"""What natural gradients add to a step of SGD, `python -m benchmarks.natural_gradient`: on ResNet-20, 32 x 32 images.
 
-Steps are timed by what they make anew; the cost at any intervals follows: (plain + factors / f + inverses / i) / SGD.
+Steps are timed by what they make anew: nothing, factors, or factors and inverses; the cost at any intervals follows:
+(plain + factors / f + inverses / i) / SGD. Beside bigbatch, in the same run and in fp32, empirical Fisher matrices of
+
+- asdl 0.1 (`asdfghjkl` on PyPI, in the extra `bench`), which runs with torch 2.13. It makes none of a batch norm whose scale is
+  0, so all contenders have scales of 1;
+- kfac-pytorch, which has no release on PyPI: `pip install git+https://github.com/gpauloski/kfac-pytorch`.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from benchmarks import common
 from cluster.engines import make_worker
@@ -19,56 +27,146 @@ from orchestrator.workloads.models import resnet
 from strategies.backprop import Backprop
 from strategies.contract import Batch, Clock, ModelSpec, Phase, Plan
 from strategies.natural_gradient import NaturalGradient
+from strategies.net import Net
 from strategies.optimizers import Sgd
 from strategies.rate import Rate
 
-STEPS = {"plain": 1, "factors": 10, "factors, inverses": 100}  # a step in which just that is due at 10 / 100
+NEVER = 10**9  # after the first step
+RENEWED = {"nothing": (NEVER, NEVER), "factors": (1, NEVER), "factors, inverses": (1, 1)}  # intervals in steps
 INTERVALS = ((1, 1), (1, 10), (10, 100))
+RATE, DAMPING = 0.01, 1e-3
+
+Step: TypeAlias = Callable[[], object]
 
 
-def step(strategy: NaturalGradient | None, precision: str, batch: int) -> Callable[[int], float]:
-    """Takes a step of a number, and tells its seconds."""
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def begun(batch: int) -> tuple[Net, Tensor, Tensor]:
+    """The network, random images and labels."""
     torch.manual_seed(0)
-    backprop = Backprop(optimizer=Sgd(), rate=Rate(0.01))
-    plan = Plan((Phase(name="train", epochs=1, batch=batch, model=ModelSpec(resnet), learner=backprop),))
+    net = resnet((3, 32, 32), 10, depth=20).to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    x = torch.randn(batch, 3, 32, 32, device=device()).to(memory_format=torch.channels_last)
+    return net, x, torch.randint(10, (batch,), device=device())
+
+
+# ------------------------------------------------------------------------------------------------------ contenders
+
+
+def bigbatch(strategy: NaturalGradient | None, options: Namespace) -> Step:
+    net, x, y = begun(options.batch)
+    backprop = Backprop(optimizer=Sgd(), rate=Rate(RATE))
+    plan = Plan((Phase(name="train", epochs=1, batch=options.batch, model=ModelSpec(resnet), learner=backprop),))
     learner: Any = (strategy.edit(plan) if strategy else plan).phases[0].learner
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = resnet((3, 32, 32), 10, depth=20).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    state = learner.init(net, make_worker("solo", {}, precision, 0, 1, device))
-    x = torch.randn(batch, 3, 32, 32, device=device).to(memory_format=torch.channels_last)
-    examples = Batch(x, torch.randint(10, (batch,), device=device), torch.arange(batch, device=device))
+    state = learner.init(net, make_worker("solo", {}, options.precision, 0, 1, device()))
+    numbers, examples = iter(range(NEVER)), Batch(x, y, torch.arange(options.batch, device=device()))
+    return lambda: learner.step(state, [examples], Clock(next(numbers), NEVER, 0.0, 0.01, options.batch, seed=0))
 
-    def timed(number: int) -> float:
-        wait(device)
+
+def ours(inverse: Any, factors: int, inverses: int, options: Namespace) -> Step:
+    intervals = {"eager": 0, "factors_every": factors, "inverses_every": inverses}
+    return bigbatch(NaturalGradient(damping=DAMPING, inverse=inverse, **intervals), options)
+
+
+def asdl(factors: int, inverses: int, options: Namespace) -> Step:
+    common.require("asdl")
+    from asdl import KfacGradientMaker, PreconditioningConfig  # type: ignore[import-not-found,unused-ignore]
+
+    net, x, y = begun(options.batch)
+    intervals = {"curvature_upd_interval": factors, "preconditioner_upd_interval": inverses}
+    config = PreconditioningConfig(damping=DAMPING, ema_decay=0.05, **intervals)
+    optimizer, maker = sgd(net), KfacGradientMaker(net, config, fisher_type="fisher_emp")
+
+    def step() -> None:
+        optimizer.zero_grad()
+        maker.setup_loss_call(cross_entropy, maker.setup_model_call(net, x), y)
+        maker.forward_and_backward()
+        optimizer.step()
+
+    return step
+
+
+def kfac_pytorch(method: str, factors: int, inverses: int, options: Namespace) -> Step:
+    common.require("kfac", how="pip install git+https://github.com/gpauloski/kfac-pytorch")
+    from kfac.preconditioner import KFACPreconditioner  # type: ignore[import-not-found,unused-ignore]
+
+    net, x, y = begun(options.batch)
+    intervals = {"factor_update_steps": factors, "inv_update_steps": inverses}
+    optimizer = sgd(net)
+    preconditioner = KFACPreconditioner(net, damping=DAMPING, lr=RATE, compute_method=method, **intervals)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        cross_entropy(net(x), y).backward()
+        preconditioner.step()
+        optimizer.step()
+
+    return step
+
+
+def sgd(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), lr=RATE, momentum=0.9)
+
+
+CONTENDERS: dict[str, Callable[[int, int, Namespace], Step]] = {
+    **{f"bigbatch, {kind}": functools.partial(ours, kind) for kind in ("cholesky", "eigen", "ekfac")},
+    "asdl, cholesky": asdl,
+    **{f"kfac-pytorch, {kind}": functools.partial(kfac_pytorch, kind) for kind in ("inverse", "eigen")},
+}
+
+
+# --------------------------------------------------------------------------------------------------------- measuring
+
+
+class Timed:
+    """Seconds of a step, in a list; the first call makes the contender and takes its first step, which makes all anew."""
+
+    def __init__(self, make: Callable[[], Step]):
+        self.make = make
+        self.step: Step | None = None
+
+    def __call__(self) -> list[float]:
+        if self.step is None:
+            self.step = self.make()
+            self.step()
+        wait()
         start = time.perf_counter()
-        learner.step(state, [examples], Clock(number, 1000, 0.0, 0.01, batch, seed=0))
-        wait(device)
-        return time.perf_counter() - start
-
-    timed(0)
-    return timed
+        self.step()
+        wait()
+        return [time.perf_counter() - start]
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def wait() -> None:
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def cost(plain: float, factors: float, both: float, intervals: tuple[int, int]) -> float:
+    """Seconds per step on average."""
+    return plain + (factors - plain) / intervals[0] + (both - factors) / intervals[1]
 
 
 def main(options: Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
-    natural = NaturalGradient(eager=0, factors_every=10, inverses_every=100, inverse=options.inverse)
-    kinds = {"SGD": (step(None, options.precision, options.batch), 1)}
-    of_natural = step(natural, options.precision, options.batch)
-    kinds |= {name: (of_natural, number) for name, number in STEPS.items()}
-    repeats = 1 if options.quick else options.repeats
-    measures = {name: lambda timed=timed, number=number: [timed(number)] for name, (timed, number) in kinds.items()}
-    samples, _ = common.interleave(measures, repeats)
+    measures = {"SGD": Timed(lambda: bigbatch(None, options))}
+    for name in options.only or CONTENDERS:
+        for renewed, intervals in RENEWED.items():
+            measures[f"{name}: {renewed}"] = Timed(functools.partial(CONTENDERS[name], *intervals, options))
+    samples, skipped = common.interleave(measures, 1 if options.quick else options.repeats)
     rows = [[name, common.spread(found)] for name, found in samples.items()]
-    common.tell(f"Seconds per step, {options.inverse}. {common.machine()}", ["step", "seconds"], rows, {})
-    sgd, plain, factors, both = (statistics.median(samples[name]) for name in ("SGD", *STEPS))
-    costs = {(f, i): (plain + (factors - plain) / f + (both - factors) / i) / sgd for f, i in INTERVALS}
-    told = [[f"{f} / {i}", common.short(cost)] for (f, i), cost in costs.items()]
-    common.tell("Steps of SGD per step", ["factors, inverses every", "times"], told, {})
+    common.tell(f"Seconds per step. {common.machine()}", ["made anew", "seconds"], rows, skipped)
+    told = []
+    for name in CONTENDERS:
+        if f"{name}: nothing" in samples:
+            times = [statistics.median(samples[f"{name}: {renewed}"]) for renewed in RENEWED]
+            in_steps = [cost(*times, pair) / statistics.median(samples["SGD"]) for pair in INTERVALS]
+            told.append([name, *(common.short(value) for value in in_steps)])
+    head = ["factors, inverses every", *(f"{f}, {i}" for f, i in INTERVALS)]
+    common.tell("Steps of SGD per step", head, told, {})
     return samples
 
 
@@ -76,7 +174,9 @@ if __name__ == "__main__":
     parser = common.arguments(str(__doc__).splitlines()[0], repeats=5)
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--inverse", choices=["cholesky", "eigen", "ekfac"], default="cholesky")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of bigbatch; the others take fp32"
+    )
+    parser.add_argument("--only", choices=list(CONTENDERS), action="append", help="a contender; again for more")
     arguments = parser.parse_args()
     common.save(arguments.json, main(arguments))
