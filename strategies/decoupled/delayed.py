@@ -5,25 +5,24 @@ At age a of a batch, which is the number of steps since it was read,
     together: all modules pass it forward at age 0, and module k (from 0) goes backward at age K-1-k;
     apart:    module k passes it forward at age k, and goes backward at age 2(K-1) - k.
 
-Where weights are to be those of the forward pass, they are kept, and the pass is made again at the time of the backward pass,
-so that a checkpoint holds no graphs. On workers of their own, each module sends on what it has made as soon as it has: a
-gradient is used in the next step, and so are activations where forward passes lie apart.
+Where weights are to be those of the forward pass, a copy of them is kept, and the graph. A checkpoint holds no graphs: after
+it, the pass is made again, and draws the same. On workers of their own, modules send on what they have made as soon as they
+have: a gradient is used in the next step, and so are activations where forward passes lie apart.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from strategies.contract import Batch, Clock, Metrics, State, Worker
+from strategies.contract import Batch, Clock, Metrics, State, Worker, mix
 from strategies.decoupled.flights import Ages, Books, Flight
 from strategies.decoupled.learner import Decoupled, DecoupledLive
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from strategies.net import Net
 
@@ -80,7 +79,8 @@ class Delayed(Decoupled):
 
     def _apply(self, state: State, clock: Clock) -> None:
         live: DelayedLive = state.live
-        live.flights.append(Flight(clock.batch, live.fresh))
+        seed = mix(clock.seed, "flight", clock.phase, clock.step, live.worker.rank)
+        live.flights.append(Flight(clock.batch, seed, live.fresh))
         live.fresh = []
         if all(flight.age != live.ages.back(live.ages.top) for flight in live.flights):
             self._tell_first_loss(state, live.flights[-1], clock)
@@ -119,15 +119,25 @@ class Delayed(Decoupled):
 
     def _forward(self, live: DelayedLive, flight: Flight, number: int) -> None:
         import torch
+        from torch.func import functional_call
 
-        part = live.parts[number]
+        from strategies.decoupled.boundary import boundary
+
+        part, passed = live.parts[number], []
+        weights = {} if self.replay else {name: _copy(p) for name, p in part.named_parameters()}
+        buffers = {name: b.clone() for name, b in part.named_buffers()}  # no graph sees those that others write to
+        flight.draw(number, live.worker.device)
+        for micro, given in live.given(flight, number):
+            micro[f"given {number}"] = given
+            x = boundary(given) if number else given
+            with torch.set_grad_enabled(not self.replay), live.worker.autocast():
+                h = functional_call(part, weights | buffers, (x,))
+            live.hand(micro, "x", h.detach(), number + 1)
+            passed.append((x, h))
+        for name, b in part.named_buffers():
+            b.copy_(buffers[name])
         if not self.replay:
-            flight.weights[str(number)] = {name: _copy(p) for name, p in part.named_parameters()}
-        for micro, x in live.given(flight, number):
-            micro[f"given {number}"] = x
-            with torch.no_grad(), live.worker.autocast():
-                h = part(x)
-            live.hand(micro, "x", h, number + 1)
+            flight.weights[str(number)], flight.passed[number] = weights, passed
 
     def _loss(self, state: State, flight: Flight, clock: Clock) -> None:
         """The last module's forward and backward pass."""
@@ -142,37 +152,50 @@ class Delayed(Decoupled):
 
     def _backward(self, live: DelayedLive, flight: Flight, number: int) -> None:
         """One module's, from what the one above sent a step ago."""
-        from torch.func import functional_call
+        from strategies.decoupled.boundary import inject
 
-        from strategies.decoupled.boundary import boundary, inject
-
-        part, old = live.parts[number], flight.weights.pop(str(number), None)
-        used: dict[str, Tensor] = (
-            dict(part.named_parameters()) if old is None else {n: t.requires_grad_() for n, t in old.items()}
-        )
+        old = flight.weights.pop(str(number), {})
+        passed = flight.passed.pop(number, None) or self._again(live, flight, number, old)
         flight.arrive()
-        for micro in flight.micros:
-            x = micro.pop(f"given {number}")
-            x = boundary(x) if number else x
-            with quiet(part):
-                with live.worker.autocast():
-                    h = functional_call(part, used, (x,))
-                inject(h, self.shrink * micro.pop("grad"), live.worker)
+        for micro, (x, h) in zip(flight.micros, passed, strict=True):
+            inject(h, self.shrink * micro.pop("grad"), live.worker)
+            del micro[f"given {number}"]
             if x.grad is not None:
                 live.hand(micro, "grad", x.grad, number - 1)
-        if old is not None:
-            for name, p in part.named_parameters():
-                _add(p, used[name].grad)
+        for name, p in live.parts[number].named_parameters() if old else ():
+            _add(p, old[name].grad)
+
+    def _again(
+        self, live: DelayedLive, flight: Flight, number: int, old: dict[str, Tensor]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """x, h of each micro-batch by a forward pass that was made before; buffers, such as running statistics, stay."""
+        from torch.func import functional_call
+
+        from strategies.decoupled.boundary import boundary
+
+        part = live.parts[number]
+        for name, p in part.named_parameters() if old else ():
+            old[name].requires_grad_(p.requires_grad)
+        buffers = {name: b.clone() for name, b in part.named_buffers()}
+        flight.draw(number, live.worker.device)
+        for micro in flight.micros:
+            x = micro[f"given {number}"]
+            x = boundary(x) if number else x
+            with live.worker.autocast():
+                h = functional_call(part, old | buffers, (x,))
+            yield x, h
 
     def _tell_first_loss(self, state: State, read: Flight, clock: Clock) -> None:
         """While no batch has come to the last module: the loss of the batch that was read, of which nothing learns."""
         import torch
+        from torch.func import functional_call
 
         live: DelayedLive = state.live
+        buffers = {name: b.clone() for name, b in live.net.named_buffers()}
         for micro in read.micros if live.ages.top in live.own else ():
             batch = Batch(micro["x"], micro["y"], micro["position"])
-            with torch.no_grad(), live.worker.autocast(), quiet(live.net):
-                loss = self.objective(live.net, batch, clock)
+            with torch.no_grad(), live.worker.autocast():
+                loss = self.objective(lambda x: functional_call(live.net, buffers, (x,)), batch, clock)
             self.tell(state, "loss", loss * (len(batch) / clock.batch))
 
     def gather(self, state: State) -> None:
@@ -195,18 +218,9 @@ class Delayed(Decoupled):
 def _copy(p: Tensor) -> Tensor:
     import torch
 
-    return p.detach().clone(memory_format=torch.contiguous_format)
+    return p.detach().clone(memory_format=torch.contiguous_format).requires_grad_(p.requires_grad)
 
 
 def _add(p: Tensor, grad: Tensor | None) -> None:
     if grad is not None and p.requires_grad:
         p.grad = grad if p.grad is None else p.grad + grad
-
-
-@contextmanager
-def quiet(part: nn.Module) -> Iterator[None]:
-    """Within, a pass that was made before is made again: buffers, such as running statistics, stay as they are."""
-    before = [b.clone() for b in part.buffers()]
-    yield
-    for b, old in zip(part.buffers(), before, strict=True):
-        b.copy_(old)

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from strategies.contract import Worker
+from strategies.contract import Worker, mix
 from strategies.decoupled import shares
 from strategies.decoupled.shares import MICRO
 from strategies.parts.replicas import copy_
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from strategies.decoupled.boundary import CutNet
@@ -49,10 +50,21 @@ class Flight:
     position, `given k` for each module that has yet to go backward, and grad, of what the last of these is to send on."""
 
     size: int  # examples of the global batch
+    seed: int  # of what modules draw in its forward passes, such as dropout
     micros: list[dict[str, Tensor]]
     age: int = 0
     weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # by module, as at its forward pass
+    passed: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # by module: x, h of each micro-batch
     coming: list[Message] = field(default_factory=list)  # of what the micro-batches have from neighbours
+
+    def draw(self, number: int, device: torch.device) -> None:
+        """From now on, what a module draws in its forward pass, each time that it is made."""
+        import torch
+
+        seed = mix(self.seed, number)
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def expect(self, line: Line, name: str, shape: Sequence[int], role: int) -> None:
         """Asks a neighbour for x or grad of each micro-batch."""
@@ -68,7 +80,7 @@ class Flight:
 
 
 class Books:
-    """Flights as checkpoints have them: of the same form whether one worker has all modules or each has its own.
+    """Flights as checkpoints have them, without graphs: alike whether one worker has all modules or each has its own.
 
     worker: stands for those of one role where there is a `line`; kept: whether weights of forward passes are kept.
     """
@@ -84,7 +96,8 @@ class Books:
             held, everyone = self._held(flight.age), self.line.worker
             micros = [self._filled(micro, flight.age) for micro in micros]
         wholes = shares.whole(micros, flight.size, self.worker, everyone, held)
-        return {"size": flight.size, "age": flight.age, "weights": self._weights(flight), "micros": wholes}
+        told = {"size": flight.size, "seed": flight.seed, "age": flight.age}
+        return told | {"weights": self._weights(flight), "micros": wholes}
 
     def own(self, saved: dict[str, Any]) -> Flight:
         """This worker's share of what was `whole`."""
@@ -94,7 +107,7 @@ class Books:
             micros = [{name: t for name, t in micro.items() if name in names} for micro in micros]
             weights = {number: w for number, w in weights.items() if int(number) == self.line.role}
         here = {k: {name: t.to(self.worker.device) for name, t in w.items()} for k, w in weights.items()}
-        return Flight(saved["size"], micros, saved["age"], here)
+        return Flight(saved["size"], saved["seed"], micros, saved["age"], here)
 
     def _held(self, age: int) -> set[str]:
         """Of the names of a micro-batch, those of this worker's role; labels are the first one's."""
@@ -111,12 +124,10 @@ class Books:
         return filled
 
     def _weights(self, flight: Flight) -> dict[str, dict[str, Tensor]]:
-        import torch
-
         found = {}
         for number in self.ages.between(flight.age) if self.kept else ():
-            own = flight.weights.get(str(number))
-            found[str(number)] = own or {n: torch.zeros_like(p) for n, p in self.parameters[number].items()}
+            own = flight.weights.get(str(number), self.parameters[number])  # anything, where another role has them
+            found[str(number)] = {name: t.detach().clone() for name, t in own.items()}
             if self.line:
                 copy_([*found[str(number)].values()], self.line.worker, number)
         return found

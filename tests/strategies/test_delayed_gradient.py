@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,22 @@ def test_running_statistics_see_each_batch_once(variant: str) -> None:
         late = module if variant == "fdg" else 0
         counts = [int(m.num_batches_tracked) for m in part.modules() if isinstance(m, nn.BatchNorm1d)]
         assert counts == [2 * (STEPS - late)]  # two micro-batches in each step
+
+
+def drops(inputs: tuple[int, ...], classes: int) -> Net:
+    stages = [nn.Sequential(nn.Linear(size, 8), nn.BatchNorm1d(8), nn.Dropout(0.3)) for size in (inputs[0], 8, 8)]
+    return Net(stages, head=nn.Linear(8, classes))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_checkpoint_without_graphs_changes_nothing(variant: Any, tmp_path: Path) -> None:
+    """Passes that were under way are made again, with the same masks, statistics and weights."""
+    base = baseline(epochs=2).map(lambda phase: dataclasses.replace(phase, model=ModelSpec(drops)))
+    plan = DelayedGradient(variant=variant).edit(base)
+    kept = train(plan, tmp_path / "kept", micro_batch=5)
+    again = train(plan, tmp_path / "again", micro_batch=5, save_seconds=0)
+    assert again.progress.saves > kept.progress.saves == 0
+    assert distance(again, kept) == 0
 
 
 def test_while_nothing_has_come_to_the_top_the_loss_is_that_of_what_was_read() -> None:
