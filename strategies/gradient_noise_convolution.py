@@ -12,7 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from strategies.backprop import Gradient, Step, Update, amend
-from strategies.contract import Clock, Need, Phase, Plan, State, Strategy, Worker, option
+from strategies.contract import Clock, Need, Phase, Plan, Schedule, State, Strategy, Worker, option
+from strategies.parts.annealing import Anneal, falling
 from strategies.parts.displaced import displaced
 from strategies.parts.replicas import gathered, scatter_
 
@@ -26,12 +27,14 @@ if TYPE_CHECKING:
 class GradientNoiseConvolution(Strategy):
     parts_matter: ClassVar[bool] = True
     scale: float = option(0.1, "distance of a worker from the weights, times its gradient noise; 0: plain SGD", ge=0)
+    anneal: Anneal = option("none", "how the scale falls to 0 over each phase, if at all")
 
     def edit(self, plan: Plan) -> Plan:
         return plan.map(self._amend) if self.scale else plan
 
     def _amend(self, phase: Phase) -> Phase:
-        return amend(phase, self, updates=(OwnNoise(),), gradient=lambda inner: Apart(inner, self.scale))
+        scale = falling(self.scale, self.anneal)
+        return amend(phase, self, updates=(OwnNoise(),), gradient=lambda inner: Apart(inner, scale))
 
 
 class Noise:
@@ -79,16 +82,16 @@ class Apart:
     """The gradient `inner`, where this worker's noise points."""
 
     inner: Gradient
-    scale: float
+    scale: Schedule
 
     @property
     def needs(self) -> Need:
         return getattr(self.inner, "needs", Need.NOTHING)
 
     def __call__(self, step: Step) -> Tensor:
-        noise = found(step.updates)
+        noise, scale = found(step.updates), self.scale(step.clock)
         noise.weight += step.weight
-        with displaced(noise.parameters, [self.scale * move for move in noise.last]):
+        with displaced(noise.parameters, [scale * move for move in noise.last]):
             return self.inner(step)
 
 

@@ -9,17 +9,14 @@ with any optimizer here. `alpha`: running mixup (strategies/parts/running_mixup.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from strategies.backprop import Gradient, amend
-from strategies.contract import Clock, Phase, Plan, Schedule, Strategy, option
+from strategies.contract import Phase, Plan, Schedule, Strategy, option
+from strategies.parts.annealing import Anneal, falling
 from strategies.parts.batch_maps import with_map
 from strategies.parts.random_erasing import SMALLEST, Erase
 from strategies.parts.running_mixup import RunningMixup
 from strategies.parts.weight_noise import SeveralPasses, WeightNoise
-from strategies.rate import Constant, Cosine, Polynomial
-
-FALLS: dict[str, Constant | Cosine | Polynomial] = {"none": Constant(), "linear": Polynomial(), "cosine": Cosine()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +29,7 @@ class LossSmoothing(Strategy):
     relative: bool = option(True, "sigma counts in root mean squares of each parameter, else it is absolute")
     draws: int = option(1, "draws of the weight noise per step, each of a forward and a backward pass", ge=1)
     antithetic: bool = option(False, "take the weight noise with either sign, in twice the passes")
-    anneal: Literal["none", "linear", "cosine"] = option(
-        "none", "how alpha, erase and sigma fall to 0 over each phase, if at all"
-    )
+    anneal: Anneal = option("none", "how alpha, erase and sigma fall to 0 over each phase, if at all")
 
     def edit(self, plan: Plan) -> Plan:
         return plan.map(self._amend)
@@ -53,15 +48,4 @@ class LossSmoothing(Strategy):
         return WeightNoise(inner, self._strength(self.sigma), self.draws, self.antithetic, self.relative)
 
     def _strength(self, full: float) -> Schedule:
-        return Strength(full, FALLS[self.anneal])
-
-
-@dataclass(frozen=True, slots=True)
-class Strength:
-    """How strongly to smooth at each step of a phase."""
-
-    full: float
-    fall: Constant | Polynomial | Cosine
-
-    def __call__(self, clock: Clock) -> float:
-        return self.full * self.fall(clock.done)
+        return falling(full, self.anneal)

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from strategies.contract import Batch, Clock, Need, Plan, mix
 from strategies.gradient_noise_convolution import GradientNoiseConvolution
+from strategies.parts.annealing import Anneal
 from strategies.rate import Rate
 from tests.strategies.harness import CLASSES, WIDTH, Blobs, Pair, baseline, distance, tiny_net, train
 
@@ -25,8 +26,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     pair.close()
 
 
-def plan(batch: int = 12, epochs: float = 1) -> Plan:
-    return GradientNoiseConvolution(scale=SCALE).edit(baseline(epochs, batch))
+def plan(batch: int = 12, epochs: float = 1, anneal: Anneal = "none") -> Plan:
+    return GradientNoiseConvolution(scale=SCALE, anneal=anneal).edit(baseline(epochs, batch))
 
 
 def gradient(weights: dict[str, Tensor], shard: Batch) -> dict[str, Tensor]:
@@ -36,7 +37,7 @@ def gradient(weights: dict[str, Tensor], shard: Batch) -> dict[str, Tensor]:
     return dict(zip(own, torch.autograd.grad(loss, list(own.values())), strict=True))
 
 
-def by_hand(start: dict[str, Tensor], batch: int, first: int, steps: int) -> dict[str, Tensor]:
+def by_hand(start: dict[str, Tensor], batch: int, first: int, steps: int, falls: bool) -> dict[str, Tensor]:
     """SGD with momentum 0.9, decay 1e-3 of matrices at the baseline's rate, over shards of `first` and the rest."""
     data, w = Blobs(), start
     velocity = {name: torch.zeros_like(v) for name, v in w.items()}
@@ -44,7 +45,8 @@ def by_hand(start: dict[str, Tensor], batch: int, first: int, steps: int) -> dic
     for step in range(steps):
         begin = step * batch
         shards = [data.train(begin, begin + first), data.train(begin + first, begin + batch)]
-        there = [{name: v + SCALE * apart[name] for name, v in w.items()} for apart in noise]
+        scale = SCALE * (1 - step / steps) if falls else SCALE
+        there = [{name: v + scale * apart[name] for name, v in w.items()} for apart in noise]
         own = [gradient(point, shard) for point, shard in zip(there, shards, strict=True)]
         mean = {name: (first * own[0][name] + (batch - first) * own[1][name]) / batch for name in w}
         noise = [{name: g[name] - mean[name] for name in w} for g in own]
@@ -55,14 +57,16 @@ def by_hand(start: dict[str, Tensor], batch: int, first: int, steps: int) -> dic
     return w
 
 
-@pytest.mark.parametrize(("batch", "first", "micro"), [(12, 6, 2), (11, 5, 64)])
-def test_two_workers_are_two_shards(batch: int, first: int, micro: int, tmp_path: Path, pair: Pair) -> None:
+@pytest.mark.parametrize(("batch", "first", "micro", "anneal"), [(12, 6, 2, "none"), (11, 5, 64, "linear")])
+def test_two_workers_are_two_shards(
+    batch: int, first: int, micro: int, anneal: Anneal, tmp_path: Path, pair: Pair
+) -> None:
     """Whatever their micro-batches, and where they have unlike numbers of examples."""
-    trained = pair.train(plan(batch), tmp_path / "pair", micro_batch=micro)
+    trained = pair.train(plan(batch, anneal=anneal), tmp_path / "pair", micro_batch=micro)
     steps = plan(batch).phases[0].steps(48)
     torch.manual_seed(mix(0, "init", 0))  # as the trainer has it
     net = tiny_net((WIDTH,), CLASSES).double()
-    expected = by_hand({name: p.detach() for name, p in net.named_parameters()}, batch, first, steps)
+    expected = by_hand({name: p.detach() for name, p in net.named_parameters()}, batch, first, steps, anneal != "none")
     for name, value in expected.items():
         assert torch.allclose(trained.weights[name], value, atol=1e-12, rtol=0)
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from strategies.backprop import Step, one_forward_one_backward
 from strategies.contract import Batch, Clock, Need, PlanError, Stream
-from strategies.loss_smoothing import LossSmoothing, Strength
+from strategies.loss_smoothing import LossSmoothing
 from strategies.mixup import Mixup
 from strategies.net import Net
 from strategies.noise_scale import NoiseScale
 from strategies.parts import running_mixup
+from strategies.parts.annealing import Strength
 from strategies.parts.random_erasing import Erase, rectangles
 from strategies.parts.running_mixup import RunningMixup, shares
 from strategies.parts.weight_noise import WeightNoise

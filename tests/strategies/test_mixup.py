@@ -9,8 +9,9 @@ import torch
 
 from strategies.backprop import CrossEntropy
 from strategies.contract import Batch, Clock, Stream
-from strategies.mixup import MixAhead
-from tests.strategies.harness import CLASSES, Blobs
+from strategies.mixup import MixAhead, Mixup
+from strategies.parts.annealing import falling
+from tests.strategies.harness import CLASSES, Blobs, baseline
 
 
 def clock(step: int = 0, rank: int = 0) -> Clock:
@@ -20,7 +21,7 @@ def clock(step: int = 0, rank: int = 0) -> Clock:
 def mixed(start: int, stop: int, at: Clock, alpha: float = 0.4) -> Batch:
     data = Blobs()
     stream = Stream(lambda n: data.train(start + n, stop + n), CLASSES)
-    return MixAhead(alpha)(data.train(start, stop), at, stream)
+    return MixAhead(falling(alpha, "none"))(data.train(start, stop), at, stream)
 
 
 def share(batch: Batch, start: int = 0) -> float:
@@ -61,7 +62,16 @@ def test_shares_follow_the_beta_distribution() -> None:
     assert shares.var().item() == pytest.approx(1 / 8, rel=0.1)
 
 
+def test_mixing_is_annealed() -> None:
+    plan = Mixup(alpha=0.8, anneal="linear").edit(baseline())
+    (change,) = plan.phases[0].maps
+    assert [change.alpha(clock(step)) for step in (0, 25, 100)] == pytest.approx([0.8, 0.6, 0.0])  # type: ignore[attr-defined]
+    data = Blobs()
+    batch, stream = data.train(0, 12), Stream(lambda n: data.train(n, 12 + n), CLASSES)
+    assert change(batch, clock(100), stream) is batch and not torch.equal(change(batch, clock(), stream).x, batch.x)
+
+
 def test_soft_labels_stay_soft() -> None:
     soft = dataclasses.replace(Blobs().train(0, 2), y=torch.full((2, CLASSES), 1 / CLASSES, dtype=torch.float64))
-    out = MixAhead(0.4)(soft, clock(), Stream(lambda n: soft, CLASSES))
+    out = MixAhead(falling(0.4, "none"))(soft, clock(), Stream(lambda n: soft, CLASSES))
     assert torch.allclose(out.y, soft.y)
