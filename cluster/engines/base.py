@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,16 +11,11 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
+from cluster.engines.groups import groups
 from strategies.contract import Pending, PlanError
 
 if TYPE_CHECKING:
     from strategies.net import Net
-
-
-def patience() -> timedelta:
-    """How long collectives of the default process group wait, for groups beside it: torch would give each half an hour."""
-    world: Any = dist.group.WORLD
-    return world._get_backend(torch.device("cpu")).options._timeout
 
 
 class Done:
@@ -39,7 +33,6 @@ class ProcessWorker:
 
     def __init__(self, rank: int, size: int, device: torch.device, precision: str):
         self.rank, self.size, self.device, self.precision = rank, size, device, precision
-        self.groups: dict[tuple[int, ...], Any] = {}  # of some of the workers, by their ranks
 
     def take_roles(self, roles: int) -> None:
         if self.size % roles:
@@ -81,12 +74,8 @@ class ProcessWorker:
         return Done() if len(among) == 1 else dist.broadcast(t, source, self._group(tuple(among)), async_op=True)
 
     def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
-        """The process group of some of the workers, made when they first ask for it; None: that of all."""
-        if len(ranks) == self.size:
-            return None
-        if ranks not in self.groups:
-            self.groups[ranks] = dist.new_group(list(ranks), patience(), use_local_synchronization=True)
-        return self.groups[ranks]
+        """The process group of some of the workers; None: that of all."""
+        return None if len(ranks) == self.size else groups.among(ranks)
 
     def sum_role_(self, t: Tensor) -> Tensor:
         if self.replicas > 1:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.optim import Optimizer
 
-from cluster.engines.base import ProcessWorker, patience
+from cluster.engines.base import ProcessWorker
+from cluster.engines.groups import patience
 from strategies.contract import PlanError
 
 if TYPE_CHECKING:
