@@ -71,8 +71,8 @@ def from_shifts(x: Tensor) -> Tensor:
     """
     c = x.shape[1]
     plane = correlation(x)  # (5, 5, c, c) by shift
-    bottom, top = correlation(x[:, :, -1:])[2], correlation(x[:, :, :1])[2]  # (5, c, c) by shift along the edge
-    right, left = correlation(x[..., -1:])[:, 2], correlation(x[..., :1])[:, 2]
+    bottom, top = (correlation(x[:, :, edge], down=0)[0] for edge in (slice(-1, None), slice(1)))  # along it: (5, c, c)
+    right, left = (correlation(x[..., edge], across=0)[:, 0] for edge in (slice(-1, None), slice(1)))
     products = plane.new_empty(3, 3, 3, 3, c, c)
     for i in range(3):
         for j in range(3):
@@ -87,9 +87,11 @@ def from_shifts(x: Tensor) -> Tensor:
     return products.permute(0, 1, 4, 2, 3, 5).reshape(9 * c, 9 * c)
 
 
-def correlation(x: Tensor) -> Tensor:
-    """(n, c, h, w) -> (5, 5, c, c): the sum over the plane of x[u] x[u + shift]^T, by the shift plus 2."""
+def correlation(x: Tensor, down: int = 2, across: int = 2) -> Tensor:
+    """(n, c, h, w) -> (2 down + 1, 2 across + 1, c, c): the sum over the plane of x[u] x[u + shift]^T, by shift, from (-down,
+    -across) on."""
     c = x.shape[1]
-    weight = conv2d_weight(pad(x, (0, 0, 0, 2)), (c, c, 3, 5), x, padding=(0, 2))
-    down = weight.permute(2, 3, 0, 1)  # shifts by 0, 1, 2 rows; upward, a correlation is the transpose of its opposite
-    return torch.cat([down.flip(0, 1).mT[:2], down])
+    below = pad(x, (0, 0, 0, down)) if down else x
+    weight = conv2d_weight(below, (c, c, down + 1, 2 * across + 1), x, padding=(0, across))
+    later = weight.permute(2, 3, 0, 1)  # shifts by 0, 1, .. rows; by -1, .. it is the transpose of the opposite shift
+    return torch.cat([later.flip(0, 1).mT[:down], later])
