@@ -5,7 +5,8 @@ Steps are timed by what they make anew: nothing, factors, or factors and inverse
 
 - asdl 0.1 (`asdfghjkl` on PyPI, in the extra `bench`), which runs with torch 2.13. It makes none of a batch norm whose scale is
   0, so all contenders have scales of 1;
-- kfac-pytorch, which has no release on PyPI: `pip install git+https://github.com/gpauloski/kfac-pytorch`.
+- kfac-pytorch, which has no release on PyPI: `pip install git+https://github.com/gpauloski/kfac-pytorch`. It takes gradients to
+  be contiguous, so its weights are; the others' are channels-last.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def begun(batch: int) -> tuple[Net, Tensor, Tensor]:
+def begun(batch: int, layout: torch.memory_format = torch.channels_last) -> tuple[Net, Tensor, Tensor]:
     """The network, random images and labels."""
     torch.manual_seed(0)
-    net = resnet((3, 32, 32), 10, depth=20).to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = resnet((3, 32, 32), 10, depth=20).to(device(), memory_format=layout)  # type: ignore[call-overload]
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
-    x = torch.randn(batch, 3, 32, 32, device=device()).to(memory_format=torch.channels_last)
+    x = torch.randn(batch, 3, 32, 32, device=device()).to(memory_format=layout)
     return net, x, torch.randint(10, (batch,), device=device())
 
 
@@ -94,7 +95,7 @@ def kfac_pytorch(method: str, factors: int, inverses: int, options: Namespace) -
     common.require("kfac", how="pip install git+https://github.com/gpauloski/kfac-pytorch")
     from kfac.preconditioner import KFACPreconditioner  # type: ignore[import-not-found,unused-ignore]
 
-    net, x, y = begun(options.batch)
+    net, x, y = begun(options.batch, torch.contiguous_format)
     intervals = {"factor_update_steps": factors, "inv_update_steps": inverses}
     optimizer = sgd(net)
     preconditioner = KFACPreconditioner(net, damping=DAMPING, lr=RATE, compute_method=method, **intervals)
