@@ -5,12 +5,14 @@ Steps are timed by what they make anew: nothing, factors, or factors and inverse
 
 - asdl 0.1 (`asdfghjkl` on PyPI, in the extra `bench`), which runs with torch 2.13. It makes none of a batch norm whose scale is
   0, so all contenders have scales of 1;
-- kfac-pytorch, which has no release on PyPI: `pip install git+https://github.com/gpauloski/kfac-pytorch`. It takes gradients to
-  be contiguous, so its weights are; the others' are channels-last.
+- kfac-pytorch, which has no release on PyPI: `pip install git+https://github.com/gpauloski/kfac-pytorch`.
+
+Both take gradients to be contiguous, so their weights are; ours are channels-last.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
 import time
@@ -77,9 +79,11 @@ def asdl(factors: int, inverses: int, options: Namespace) -> Step:
     common.require("asdl")
     from asdl import KfacGradientMaker, PreconditioningConfig  # type: ignore[import-not-found,unused-ignore]
 
-    net, x, y = begun(options.batch)
+    if not torch.cuda.is_available():
+        torch.cuda.nvtx.range = contextlib.nullcontext  # its marks for a profiler, which CPU builds of torch refuse
+    net, x, y = begun(options.batch, torch.contiguous_format)
     intervals = {"curvature_upd_interval": factors, "preconditioner_upd_interval": inverses}
-    config = PreconditioningConfig(damping=DAMPING, ema_decay=0.05, **intervals)
+    config = PreconditioningConfig(data_size=options.batch, damping=DAMPING, ema_decay=0.05, **intervals)
     optimizer, maker = sgd(net), KfacGradientMaker(net, config, fisher_type="fisher_emp")
 
     def step() -> None:
