@@ -55,7 +55,8 @@ class Study:
 
     @cached_property
     def stages(self) -> Stages:
-        convolutional = self.recipe.workload.model.name != "mlp"
+        networks = [self.recipe.workload.model, *(arm.model for arm in self.recipe.arms.values() if arm.model)]
+        convolutional = any(network.name != "mlp" for network in networks)
         precision = resolve_precision(self.recipe.precision, convolutional)
         return Stages(self.recipe, fingerprint, precision, self.store.result)
 

@@ -4,8 +4,7 @@ With P the patches of all positions as rows, out = [P, 1] [W, b]', and both grad
 so are its parameters' names. `ng_sgd` then sees each patch as a sample, as with any affine layer, where it would see a
 convolution's gradient alone. The patches of one image are correlated: T of them are no T samples, so by default an image
 counts once in the memory of a factor, else one batch would make a factor forget all before it. Groups share both factors.
-By itself, without `ng_sgd`, the method changes nothing but rounding; `natural_gradient` makes patches of any convolution. A
-network without convolutions stays as it is: so one recipe compares it with a convolutional one (recipes/cnn_as_dnn.yaml).
+By itself, without `ng_sgd`, the method changes nothing but rounding; `natural_gradient` makes patches of any convolution.
 """
 
 from __future__ import annotations

@@ -83,8 +83,11 @@ def axes(recipe: Recipe) -> dict[str, list[Any]]:
 def arm_data(recipe: Recipe, arm: str) -> dict[str, Any]:
     """Base, workload, precision and strategies of an arm, with every default filled in."""
     shared = recipe.model_dump(mode="json", by_alias=True, exclude_none=True, include={"base", "workload", "precision"})
-    strategies = [{name: options} for name, options in methods(recipe, recipe.arms[arm])]
-    return merge(Recipe, shared, {"base": stated(recipe.arms[arm].base)}) | {"strategies": strategies}
+    own = recipe.arms[arm]
+    strategies = [{name: options} for name, options in methods(recipe, own)]
+    if own.model:
+        shared["workload"]["model"] = own.model.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return merge(Recipe, shared, {"base": stated(own.base)}) | {"strategies": strategies}
 
 
 def points(recipe: Recipe) -> Iterator[Point]:

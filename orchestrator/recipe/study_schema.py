@@ -12,7 +12,7 @@ from orchestrator.recipe.derive import grid_over, patch_of
 from orchestrator.recipe.schema import Base, Checkpoint, Cluster, Ddp, Engine, Precision, Speed, Tracking
 from orchestrator.recipe.search_schema import Search
 from orchestrator.recipe.strategy_schema import StrategyChoice
-from orchestrator.recipe.workload_schema import Workload
+from orchestrator.recipe.workload_schema import Network, Workload
 
 if TYPE_CHECKING:
     BasePatch: TypeAlias = Base
@@ -42,6 +42,7 @@ class Arm(Model):
 
     strategies: list[StrategyChoice] = Field(default=[], description="applied after the strategies of the study")
     base: BasePatch = Field(default=BasePatch.model_validate({}), description="what this arm changes in the base")
+    model: Network | None = Field(default=None, description="this arm's network, instead of the workload's")
     search: Search | None = Field(default=None, description="this arm's, instead of the study's")
 
 

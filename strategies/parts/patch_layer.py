@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import fold, pad
 
+from strategies.contract import PlanError
 from strategies.curvature.layers import ConvLayer
 from strategies.net import Net
 from strategies.parts.layers import convolutions
@@ -145,8 +146,11 @@ def _picked(layer: ConvLayer, patches: Patches, x: Tensor, outputs: Tensor, seed
 
 
 def replace(net: Net, patches: Patches, largest: int | None) -> Net:
-    """The net with its convolutions by patches of `largest` values at most; one without any is affine as it is."""
-    for conv in convolutions(net):
+    """The net with its convolutions by patches of `largest` values at most. Raises PlanError if it has no convolution."""
+    found = convolutions(net)
+    if not found:
+        raise PlanError("patch_affine replaces convolutions, but the network has none: choose another model")
+    for conv in found:
         if type(conv) is nn.Conv2d and (largest is None or conv.weight[0].numel() <= largest):
             conv.__class__ = PatchAffine
             conv.patches = patches  # type: ignore[assignment]

@@ -58,6 +58,17 @@ def test_arms_come_first_then_the_grid_then_seeds() -> None:
     assert trials()[0].point == {"base.batch": 32, "base.rate.warmup": 0}
 
 
+def test_an_arm_may_have_a_network_of_its_own() -> None:
+    """Which the grid overrides, like all that an arm says."""
+    arms = "arms={plain: {}, other: {model: {small_cnn: {width: 4}}, base: {steps: 7}}}"
+    networks = [t.workload.model for t in trials(arms, "grid={}", "seeds=1")]
+    assert [n.name for n in networks] == ["mlp", "small_cnn"] and networks[1].options.width == 4
+    assert networks[1].options.batch_norm
+    over = [t.workload.model for t in trials(arms, "grid={workload.model: [{mlp: {width: 9}}]}", "seeds=1")]
+    assert [n.name for n in over] == ["mlp", "mlp"]
+    assert [t.id for t in trials(arms, "seeds=1")][:4] == ids("seeds=1")[:4]
+
+
 def test_arms_merge_onto_the_base_and_strategies_of_the_study_come_first() -> None:
     plain, other = trials()[0], trials()[8]
     assert other.base.optimizer.options.model_dump() == {"momentum": 0.5, "nesterov": True, "weight_decay": 0}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad, unfold
 
 from cluster.engines import make_worker
-from strategies.contract import Clock, Plan, State
+from strategies.contract import Clock, Plan, PlanError, State
 from strategies.curvature.layers import ConvLayer
 from strategies.natural_gradient import NaturalGradient
 from strategies.net import Net
@@ -278,10 +278,9 @@ def test_positions_that_count_let_one_batch_make_a_factor_forget() -> None:
     assert by_images == pytest.approx(1 - exp(-128 / 2000)) and by_positions == pytest.approx(0.9)
 
 
-def test_a_network_without_convolutions_is_affine_as_it_is(tmp_path: Path) -> None:
-    plan = NgSgd().edit(baseline())
-    plain, patched = train(plan, tmp_path / "plain"), train(PatchAffine().edit(plan), tmp_path / "patched")
-    assert distance(plain, patched) == 0
+def test_a_network_without_convolutions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="replaces convolutions"):
+        train(PatchAffine().edit(baseline()), tmp_path)
 
 
 def test_what_parts_add_up_to_is_what_a_factor_sees() -> None:
