@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,15 @@ Job = tuple[str, dict[str, Any], dict[str, Any]]  # a strategy's kind and option
 KINDS: dict[str, Any] = {
     "dgl": LocalLoss, "dni": SyntheticGradient, "late": DelayedGradient, "pipeline": Pipeline
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As workers have: sums over a batch are rounded otherwise where threads share them out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def three_stages(inputs: tuple[int, ...], classes: int) -> Net:
@@ -107,14 +117,7 @@ def assert_as_alone(found: list[Trained], directory: Path) -> None:
         assert_alike(apart, alone, late=bool(options.get("queue")))
 
 
-def test_three_roles_equal_one_worker(tmp_path: Path) -> None:
-    (found, *_) = run_workers(on_workers, 3, JOBS + ROUNDED, tmp_path / "apart")
-    assert_as_alone(found[: len(JOBS)], tmp_path)
-    for (kind, options, _), apart in zip(ROUNDED, found[len(JOBS) :], strict=True):
-        assert 1e-7 < distance(apart, on_one(kind, options, tmp_path / f"exact {kind}")) < 1e-2
-
-
-def with_delays(worker: Any, directory: Path) -> list[Trained]:
+def with_delays(worker: Any, jobs: list[Job], directory: Path) -> list[Trained]:
     """Before each message that is sent or asked for, and before each wait; other ones on each worker, and rarely long ones."""
     delays = random.Random(worker.rank)
 
@@ -133,11 +136,20 @@ def with_delays(worker: Any, directory: Path) -> list[Trained]:
         return lambda t, role: (pause(), Slow(verb(t, role)))[1]
 
     worker.send, worker.recv = slow(worker.send), slow(worker.recv)
-    return on_workers(worker, JOBS, directory)
+    return on_workers(worker, jobs, directory)
 
 
-def test_random_delays_change_nothing_and_hold_nobody_up(tmp_path: Path) -> None:
-    (found, *_) = run_workers(with_delays, 3, tmp_path / "apart", limit=40.0)
+def test_three_roles_equal_one_worker(tmp_path: Path) -> None:
+    """Random delays change nothing and hold nobody up, however far modules may run apart."""
+    (found, *_) = run_workers(with_delays, 3, JOBS + ROUNDED, tmp_path / "apart")
+    assert_as_alone(found[: len(JOBS)], tmp_path)
+    for (kind, options, _), apart in zip(ROUNDED, found[len(JOBS) :], strict=True):
+        assert 1e-7 < distance(apart, on_one(kind, options, tmp_path / f"exact {kind}")) < 1e-2
+
+
+@pytest.mark.slow
+def test_three_roles_equal_one_worker_as_fast_as_they_can(tmp_path: Path) -> None:
+    (found, *_) = run_workers(on_workers, 3, JOBS, tmp_path / "apart")
     assert_as_alone(found, tmp_path)
 
 
@@ -145,15 +157,18 @@ def test_idle_time_and_occupancy_are_told_of_each_rank(tmp_path: Path) -> None:
     """Of a worker that waits for one that is slow: seconds in a step, and the share of the step that is left."""
     (found, *_) = run_workers(slow_first_module, 2, tmp_path)
     rows = found.rows
-    assert all(row["train_idle_seconds_1"] >= 0.02 for row in rows)
-    assert all(0 <= row["train_idle_seconds_0"] < row["train_idle_seconds_1"] for row in rows)
-    assert all(0 <= row["train_occupancy_1"] < 0.5 < row["train_occupancy_0"] <= 1 for row in rows)
+    idle, occupied = ([[row[f"train_{what}_{rank}"] for row in rows] for rank in (0, 1)]
+                      for what in ("idle_seconds", "occupancy"))  # fmt: skip
+    assert max(idle[1]) >= 0.05
+    assert min(idle[0]) >= 0 and sum(idle[0]) < sum(idle[1])
+    assert all(0 <= share <= 1 for rank in occupied for share in rank)
+    assert sum(occupied[1]) < sum(occupied[0])
 
 
 def slow_first_module(worker: Any, directory: Path) -> Trained:
     if worker.rank == 0:
         send = worker.send
-        worker.send = lambda t, role: (time.sleep(0.03), send(t, role))[1]
+        worker.send = lambda t, role: (time.sleep(0.1), send(t, role))[1]
     plan = LocalLoss(cuts=[1], ahead=1).edit(with_stages(baseline(epochs=1)))
     return train(plan, directory, worker=worker)
 
