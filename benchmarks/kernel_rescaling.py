@@ -101,8 +101,13 @@ def gain(one: Runs, other: Runs) -> Difference:
     return difference(each, each)
 
 
+def scattered(found: Difference) -> bool:
+    """Whether there is an interval: not with one seed, nor of FLOPs, which are the same each time."""
+    return math.isfinite(found.low)
+
+
 def interval(found: Difference) -> str:
-    return f"{found.least:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+    return f"{found.least:+.2f}" + (f" [{found.low:+.2f}, {found.high:+.2f}]" if scattered(found) else "")
 
 
 def each_arm(found: dict[str, Runs], bar: float) -> list[tuple[str, ...]]:
