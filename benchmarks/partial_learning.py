@@ -22,6 +22,7 @@ from orchestrator.files import read_lines
 from orchestrator.recipe import load
 from orchestrator.recipe.resolve import axes
 from orchestrator.store import Store
+from strategies.contract import mix
 
 RECIPE = common.REPOSITORY / "recipes" / "partial_learning.yaml"
 STAGES = "workload.model.plain_cnn.stages"
@@ -57,6 +58,7 @@ def search(node: Node, before: Sequence[Found], options: argparse.Namespace) -> 
     settings = [
         f"study={study}", f"grid.{STAGES}={json.dumps([node])}", f"strategies={json.dumps([{'stage_wise': parts}])}",
         "cluster.launcher=solo", f"search.points={options.points}", f"base.epochs={options.epochs:g}",
+        f"search.seed={mix(*node) % 10**9}",  # else all stages would try the same values
     ]  # fmt: skip
     settings += QUICK if options.quick else ()
     command = [sys.executable, "-m", "orchestrator", "run", str(RECIPE), "--output", str(options.output.resolve())]
