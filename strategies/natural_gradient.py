@@ -8,13 +8,15 @@ layers, two-dimensional convolutions and batch norms; other parameters keep thei
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from strategies.backprop import Update, amend
 from strategies.contract import Clock, Need, Phase, Plan, PlanError, State, Strategy, Worker, option
-from strategies.curvature.precondition import Geometric, Inverse, Options, Precondition, watching
+from strategies.curvature.precondition import Geometric, Inverse, Options, Precondition, Watched
 from strategies.curvature.refresh import Refresh
 from strategies.optimizers import Sgd
+from strategies.parts.passes import inside
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -71,7 +73,7 @@ class NaturalGradient(Strategy):
     def _amend(self, phase: Phase) -> Phase:
         updates: tuple[Update, ...] = (Precondition(self._options()), *((ProjectWeights(),) if self.project else ()))
         changes = {"optimizer": self._tied} if self.tie_momentum else {}
-        return amend(phase, self, updates=updates, gradient=watching, **changes)
+        return amend(phase, self, updates=updates, gradient=partial(inside, wrap=Watched), **changes)
 
     def _options(self) -> Options:
         return Options(

@@ -17,13 +17,17 @@ one, and act from the second batch on.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from strategies.backprop import Backprop, Update, amend
+from strategies.backprop import Backprop, Gradient, Step, Update, amend
 from strategies.contract import Clock, Need, Phase, Plan, PlanError, State, Strategy, Worker, option
 from strategies.parts.max_change import MaxChange
+from strategies.parts.passes import inside, share
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from strategies.net import Net
 
 
@@ -45,7 +49,25 @@ class NgSgd(Strategy):
 
     def _amend(self, phase: Phase) -> Phase:
         bounds = MaxChange(self.layer_change, self.total_change)
-        return amend(phase, self, updates=(bounds, Precondition(self)))
+        return amend(phase, self, updates=(bounds, Precondition(self)), gradient=partial(inside, wrap=Counted))
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """The gradient as it was, whose examples count once in a factor's memory, however many passes are taken over them."""
+
+    old: Gradient
+
+    @property
+    def needs(self) -> Need:
+        return getattr(self.old, "needs", Need.NOTHING)
+
+    def __call__(self, step: Step) -> Tensor:
+        from strategies.parts.preconditioner import Preconditioner
+
+        kept = next(state.live for state in step.updates if isinstance(state.live, Preconditioner))
+        kept.share = share(step)
+        return self.old(step)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from strategies.curvature.placement import place
 from strategies.curvature.precondition import Options
 from strategies.curvature.refresh import change, next_interval
 from strategies.net import Net
+from strategies.parts.passes import share
 
 COMPILED = "natural_gradient sees no layer at work: torch.compile hides them, leave speed.compile off"
 
@@ -77,8 +78,8 @@ class Curvature:
         if not due:
             return gradient(step)
         layers = [b.layer for name, b in self.blocks.items() if any(f"{name}/{f}" in due for f in b.factors)]
-        share = step.weight * step.clock.batch / (step.worker.size * len(step.batch))  # of several passes over examples
-        sink = partial(self._see, due, share, step.clock.batch / (step.worker.size * share))
+        part = share(step)
+        sink = partial(self._see, due, part, step.clock.batch / (step.worker.size * part))
         if self.options.fisher == "empirical":
             with watched(layers, sink):
                 return gradient(step)
@@ -87,17 +88,17 @@ class Curvature:
             return gradient(dataclasses.replace(step, predict=partial(_sampled, step, graph)))
 
     def _see(
-        self, due: set[str], share: float, scale: float, layer: AnyLayer, xs: list[Tensor], grads: list[Tensor]
+        self, due: set[str], part: float, scale: float, layer: AnyLayer, xs: list[Tensor], grads: list[Tensor]
     ) -> None:
-        """`scale` makes gradients those of single examples, each of which counts for `share`."""
+        """`scale` makes gradients those of single examples, each of which counts for `part` of one."""
         own = self.blocks[layer.name]
         for factor in own.factors:
             key = f"{layer.name}/{factor}"
             if key in due:
-                _add(self.sums, key, share * own.statistic(factor, xs, grads, scale))
+                _add(self.sums, key, part * own.statistic(factor, xs, grads, scale))
         if isinstance(own, EigenBlock) and self._scaled(layer.name):
             squares = own.scales(self._inverse(layer.name), xs, grads, scale)
-            _add(self.scales, f"{layer.name}/scale", share * squares)
+            _add(self.scales, f"{layer.name}/scale", part * squares)
 
     def _scaled(self, name: str) -> bool:
         """Whether examples correct the eigenvalues of a layer, whose bases are there."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -60,12 +59,6 @@ class Watched:
     def __call__(self, step: Step) -> Tensor:
         curvature = next(state.saved["curvature"] for state in step.updates if "curvature" in state.saved)
         return curvature.watch(self.old, step)
-
-
-def watching(old: Gradient) -> Gradient:
-    """`old`, seen pass by pass: inside of what takes several passes for one gradient, whose share each pass then tells."""
-    inner = getattr(old, "inner", None)
-    return Watched(old) if inner is None else dataclasses.replace(old, inner=watching(inner))  # type: ignore[type-var]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ class MaxChange(Update):
     needs = Need.EDIT_WEIGHTS | Need.LAYER_WEIGHTS
     turn = 0  # others may change weights after it
     alone = True  # it looks at no other worker
+    passes = True  # nor at how many passes were taken for a gradient
 
     def init(self, net: Net, worker: Worker) -> State:
         layers: dict[str, list[nn.Parameter]] = {}

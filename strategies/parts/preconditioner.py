@@ -66,6 +66,7 @@ class Preconditioner:
         with_rows = [layer for layer in self.layers if has_rows(layer)]
         self.sides = [side_of(layer, end) for layer in with_rows for end in ("in", "out")]
         self.tallies: dict[str, Tally] = {}
+        self.share = 1.0  # of the pass in work among all passes over its examples
         state.saved |= {"steps": 0, "factors": dict(self._starts())}
         self.watching = ExitStack()
         self.watching.enter_context(watched(with_rows, self._see))
@@ -91,8 +92,9 @@ class Preconditioner:
         assert not isinstance(layer, NormLayer)
         for x, grad in zip(inputs, grads, strict=True):
             for rows in rows_of(layer, x, grad, mix("positions", layer.name, self.state.saved["steps"])):
-                self._add(side_of(layer, "in"), rows.inputs.to(layer.weight.dtype), rows.samples)
-                self._add(side_of(layer, "out"), rows.outputs.to(layer.weight.dtype), rows.samples)
+                samples = self.share * rows.samples
+                self._add(side_of(layer, "in"), rows.inputs.to(layer.weight.dtype), samples)
+                self._add(side_of(layer, "out"), rows.outputs.to(layer.weight.dtype) / self.share, samples)
 
     def _add(self, side: str, rows: Tensor, samples: float) -> None:
         self._tally(side).add(rows, samples, self._probe(side))

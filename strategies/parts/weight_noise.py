@@ -64,11 +64,11 @@ class WeightNoise:
 
 @dataclass(frozen=True, slots=True)
 class SeveralPasses(Update):
-    """Changes nothing: refuses what would take each pass for a part of the batch."""
+    """Changes nothing: refuses what would take each pass for a part of the batch, unless it says `passes = True`."""
 
     def suits(self, learner: Backprop) -> None:
         for update in learner.updates:
-            if update.turn == 0:
+            if update.turn == 0 and not getattr(update, "passes", False):
                 raise PlanError(
                     f"loss_smoothing takes several passes for one gradient, but {update} measures each: "
                     "set draws: 1 and antithetic: false, or leave one of the two out"

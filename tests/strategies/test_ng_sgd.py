@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 from math import exp
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.nn.functional import cross_entropy, pad
 from cluster.engines import make_worker
 from strategies.backprop import Backprop
 from strategies.contract import Batch, Clock, Plan, PlanError
+from strategies.loss_smoothing import LossSmoothing
 from strategies.natural_gradient import NaturalGradient
 from strategies.net import Net
 from strategies.ng_sgd import NgSgd
@@ -225,6 +227,19 @@ def test_max_change_bounds_each_layer_then_all_and_else_changes_nothing() -> Non
             assert torch.stack([s.norm() for s in steps]).norm().item() == pytest.approx(length, abs=1e-12)
         if update == MaxChange(None, None):
             assert all(torch.equal(p, put[name]) for name, p in net.named_parameters())
+
+
+@pytest.mark.parametrize("smoothed_first", [False, True])
+def test_several_passes_over_a_batch_count_once(smoothed_first: bool, tmp_path: Path) -> None:
+    """Passes of weight noise of next to nothing leave the factors' memory as it is."""
+    natural, noise = NgSgd(history_samples=50), LossSmoothing(alpha=0, sigma=1e-13, draws=2, antithetic=True)
+    methods = [noise, natural] if smoothed_first else [natural, noise]
+    often = reduce(lambda plan, method: method.edit(plan), methods, baseline())
+    once = train(natural.edit(baseline()), tmp_path / "once", micro_batch=5)
+    assert distance(train(often, tmp_path / "often", micro_batch=5), once) < 1e-9
+    assert (
+        distance(train(NgSgd(history_samples=12).edit(baseline()), tmp_path / "forgetful", micro_batch=5), once) > 1e-6
+    )
 
 
 def test_two_preconditioners_are_refused() -> None:
