@@ -17,7 +17,7 @@ import functools
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -71,7 +71,7 @@ def bigbatch(strategy: NaturalGradient | None, options: Namespace) -> Step:
 
 
 def ours(inverse: Any, factors: int, inverses: int, options: Namespace) -> Step:
-    intervals = {"eager": 0, "factors_every": factors, "inverses_every": inverses}
+    intervals: Any = {"eager": 0, "factors_every": factors, "inverses_every": inverses}
     return bigbatch(NaturalGradient(damping=DAMPING, inverse=inverse, **intervals), options)
 
 
@@ -80,7 +80,8 @@ def asdl(factors: int, inverses: int, options: Namespace) -> Step:
     from asdl import KfacGradientMaker, PreconditioningConfig  # type: ignore[import-not-found,unused-ignore]
 
     if not torch.cuda.is_available():
-        torch.cuda.nvtx.range = contextlib.nullcontext  # its marks for a profiler, which CPU builds of torch refuse
+        marks: Any = torch.cuda.nvtx  # for a profiler, which CPU builds of torch refuse
+        marks.range = contextlib.nullcontext
     net, x, y = begun(options.batch, torch.contiguous_format)
     intervals = {"curvature_upd_interval": factors, "preconditioner_upd_interval": inverses}
     config = PreconditioningConfig(data_size=options.batch, damping=DAMPING, ema_decay=0.05, **intervals)
@@ -150,8 +151,9 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def cost(plain: float, factors: float, both: float, intervals: tuple[int, int]) -> float:
-    """Seconds per step on average."""
+def cost(times: Sequence[float], intervals: tuple[int, int]) -> float:
+    """Seconds per step on average, of times in the order of RENEWED."""
+    plain, factors, both = times
     return plain + (factors - plain) / intervals[0] + (both - factors) / intervals[1]
 
 
@@ -168,7 +170,7 @@ def main(options: Namespace) -> dict[str, Any]:
     for name in CONTENDERS:
         if f"{name}: nothing" in samples:
             times = [statistics.median(samples[f"{name}: {renewed}"]) for renewed in RENEWED]
-            in_steps = [cost(*times, pair) / statistics.median(samples["SGD"]) for pair in INTERVALS]
+            in_steps = [cost(times, pair) / statistics.median(samples["SGD"]) for pair in INTERVALS]
             told.append([name, *(common.short(value) for value in in_steps)])
     head = ["factors, inverses every", *(f"{f}, {i}" for f, i in INTERVALS)]
     common.tell("Steps of SGD per step", head, told, {})
