@@ -111,7 +111,7 @@ def interval(found: Difference) -> str:
 
 
 def each_arm(found: dict[str, Runs], bar: float) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for arm, runs in found.items():
         ends = [run[-1] for run in runs.values()]
         reached = sum(any(point.accuracy >= bar for point in run) for run in runs.values())
@@ -165,14 +165,14 @@ def main() -> None:
         except (OSError, ValueError) as error:
             parser.error(str(error))
         bar = statistics.mean(run[-1].accuracy for run in next(iter(found.values())).values()) - options.within
-        head = ("arm", "final accuracy, %", "TFLOP", "seconds", f"came to {bar:.2f} %")
-        common.tell(f"{options.study}: medians (ranges) over seeds", head, each_arm(found, bar), {})
-        head = ("arms", "points", "FLOPs", "seconds", "FLOPs to the bar", "seconds to the bar")
-        pairs = each_pair(found, bar)
+        ends, pairs = each_arm(found, bar), each_pair(found, bar)
+        head = ["arm", "final accuracy, %", "TFLOP", "seconds", f"came to {bar:.2f} %"]
+        common.tell(f"{options.study}: medians (ranges) over seeds", head, ends, {})
+        head = ["arms", "points", "FLOPs", "seconds", "FLOPs to the bar", "seconds to the bar"]
         common.tell("Differences and ratios, means by seed [95 %]", head, pairs, {})
         told = verdicts(found, options.within)
         print("\n" + "\n".join(told))
-        common.save(options.json, {"bar": bar, "arms": each_arm(found, bar), "pairs": pairs, "verdicts": told})
+        common.save(options.json, {"bar": bar, "arms": ends, "pairs": pairs, "verdicts": told})
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def path(found: dict[Node, Found], node: Node) -> list[Found]:
 
 
 def rows(networks: Sequence[Node], found: dict[Node, Found], epochs: float) -> list[tuple[str, ...]]:
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for number, net in enumerate(networks, 1):
         stages, whole = path(found, net), found[net]
         rates = " / ".join(common.short(stage.rate) for stage in stages)

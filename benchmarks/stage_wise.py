@@ -64,7 +64,7 @@ def contenders(data: Path, network: str, options: Namespace) -> dict[str, common
 def rows(samples: dict[str, list[Sample]]) -> list[tuple[str, ...]]:
     """Memory beyond what the process holds when it trains nothing."""
     floor = statistics.median(peak for _, peak in samples.pop(NOTHING))
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for name, found in samples.items():
         seconds, mega = [s for s, _ in found], [(peak - floor) / 1e6 for _, peak in found]
         ratios = [s / w for s, (w, _) in zip(seconds, samples["whole"], strict=True)]
