@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from tests import network
 VARIABLE = "PLANTED_FAULTS"  # the folder; also how the processes of a study are found again
 ROOT = Path(__file__).parents[1]
 DRIVER = -1  # its rank
+HOUR = 3600.0  # seconds
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 SIGNALS |= {"usr1": signal.SIGUSR1, "usr2": signal.SIGUSR2}
@@ -40,6 +42,7 @@ ERRORS: dict[str, Callable[[], Exception]] = {
     "user": lambda: ValueError("the planted error"),
     "memory": lambda: RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     "disk": lambda: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    "io": lambda: OSError(errno.EIO, os.strerror(errno.EIO)),
     "read_only": lambda: OSError(errno.EROFS, os.strerror(errno.EROFS)),
     "port": lambda: OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)),
 }
@@ -49,7 +52,9 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 class Fault:
     """`step`: optimizer steps taken so far; for places of the driver, calls so far. None: the first time there."""
 
-    action: str  # of SIGNALS, ERRORS or tests.network.ACTIONS; "hang"; "short": the disk takes half of a row
+    action: (
+        str  # of SIGNALS, ERRORS or tests.network.ACTIONS; hang; short: half of a row; clock: an hour back from now on
+    )
     place: str  # see PATCHES
     rank: int = 0
     step: int | None = None
@@ -140,6 +145,8 @@ def strike(fault: Fault | None) -> None:
         os.kill(os.getpid(), SIGNALS[fault.action])
     elif fault.action in network.ACTIONS:
         network.strike(fault.action, Path(os.environ[VARIABLE]))
+    elif fault.action == "clock":
+        time.time = lambda now=time.time: now() - HOUR  # type: ignore[assignment,misc]
     elif fault.action == "hang":
         while True:
             time.sleep(0.1)
@@ -313,5 +320,7 @@ class Patcher(importlib.abc.MetaPathFinder):
 
 
 def arm() -> None:
-    """Called by `sitecustomize` in every Python process under `Planted.env`."""
+    """Called by `sitecustomize` in every Python process under `Planted.env`. No reports: they have tests of their own."""
+    sys.modules["orchestrator.report"] = report = types.ModuleType("orchestrator.report")
+    report.build = lambda study, trials: []  # type: ignore[attr-defined]
     sys.meta_path.insert(0, Patcher(Here(Path(os.environ[VARIABLE]))))
