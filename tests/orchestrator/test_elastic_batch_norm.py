@@ -67,6 +67,20 @@ def rows(folder: Path, trial: str) -> list[dict[str, Any]]:
     return without_seconds(read_lines(folder / trial / "metrics.jsonl"))
 
 
+EIGHT = "base.batch=8"
+CUT = [
+    (("base.micro_batch=22",), ("cluster.workers=3",)),
+    ((EIGHT, "cluster.workers=4"), (EIGHT, "cluster.workers=5")),
+]
+
+
+@pytest.mark.xfail(strict=True, reason="a trial's name tells its largest share of a batch, not how the batch is cut")
+@pytest.mark.parametrize(("one", "other"), CUT)
+def test_other_shares_are_another_trial(tmp_path: Path, one: tuple[str, ...], other: tuple[str, ...]) -> None:
+    """2 workers in parts of 16 for 22 at most, and 3 of 22, 21, 21; 4 of 2, and 5 of 2, 2, 2, 1, 1."""
+    assert trial_of(tmp_path, *one).id != trial_of(tmp_path, *other).id
+
+
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
