@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
-from tests.orchestrator.test_study_on_ray import Running
+from tests.orchestrator.test_study_on_ray import Running, until
 
 RECIPE = """
 study: NAME
@@ -38,13 +38,15 @@ def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("method", STRATEGIES)
 def test_a_lost_role_is_made_again(method: str, tmp_path: Path) -> None:
     text = RECIPE.replace("STRATEGY", STRATEGIES[method])
-    unbroken, broken = (Running(tmp_path / name, text=text) for name in ("unbroken", "broken"))
-    broken.wait_for_step(200)
+    unbroken = Running(tmp_path / "unbroken", text=text, epochs=5)
+    code, err = unbroken.end()
+    assert code == 0, err
+    broken = Running(tmp_path / "broken", text=text, epochs=5)
+    until(lambda: any(row["step"] >= 100 for row in broken.rows()), 150)
     kept = broken.rows()[:-2]  # of these there is a checkpoint
     broken.ranks()[1].kill()
-    for running in (unbroken, broken):
-        code, err = running.end()
-        assert code == 0, err
+    code, err = broken.end()
+    assert code == 0, err
     assert len(broken.events("worker_lost")) == 1
     assert [e["attempt"] for e in broken.events("trial_started")] == [1, 2]
     assert broken.rows()[: len(kept)] == kept != []  # with their times: they were not made again
