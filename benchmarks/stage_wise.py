@@ -28,6 +28,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # model, stage_w
     "vgg": ({"vgg": {"depth": 11, "width": 32}}, {"cuts": [1, 2, 3, 4]}),
 }
 NOTHING = "nothing trained"
+TESTS = 16
 Sample: TypeAlias = "tuple[float, float]"
 """Seconds of training; the most bytes held."""
 
@@ -73,10 +74,10 @@ def rows(samples: dict[str, list[Sample]]) -> list[tuple[str, ...]]:
 
 
 def images(folder: Path, count: int) -> tuple[Path, str]:
-    """A file with the first training images, and what it holds."""
+    """A file with the first training images and a few for tests, which are not measured; and what it holds."""
     told, path = write_data(folder / "whole.npz"), folder / "images.npz"
     with np.load(folder / "whole.npz") as whole:
-        np.savez(path, **{name: whole[name][:count] if name.startswith("train") else whole[name] for name in whole})
+        np.savez(path, **{name: whole[name][: count if name.startswith("train") else TESTS] for name in whole})
     return path, told
 
 
