@@ -29,6 +29,7 @@ TEST, TESTS = 2000, 10  # test images, and how often they are looked at
 METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # key, options, and more where modules lie apart
     "pipeline": ("pipeline", {"micro_batches": PARTS, "roles": False}, {"roles": True}),
     "synthetic gradients": ("synthetic_gradient", {"queue": 1}, {"roles": True}),
+    "synthetic gradients, low rank": ("synthetic_gradient", {"queue": 1, "synthesiser": "low_rank"}, {"roles": True}),
     "greedy": ("local_loss", {}, {"ahead": 2}),
     "delayed, DDG": ("delayed_gradient", {"variant": "ddg"}, {"ahead": 1}),
     "delayed, FR": ("delayed_gradient", {"variant": "fr"}, {"ahead": 1}),
