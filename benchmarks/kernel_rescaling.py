@@ -134,9 +134,9 @@ def verdicts(found: dict[str, Runs], within: float) -> list[str]:
     (first, whole), *others = found.items()
     told = []
     for arm, runs in others:
-        made, saved = gain(runs, whole), 1 - seconds(runs) / seconds(whole)
+        made, time = gain(runs, whole), seconds(runs) / seconds(whole)
         shown = "is shown" if made.low >= -within else "is excluded" if made.high < -within else "is not shown"
-        told.append(f"{arm}: to end at most {within:g} points below {first} {shown}; {saved:.0%} less time")
+        told.append(f"{arm}: to end at most {within:g} points below {first} {shown}; {time:.2f} of its time")
     return told
 
 
@@ -161,13 +161,14 @@ def main() -> None:
     options = parser.parse_args()
     with common.scratch():
         try:
-            found = arms(quick() if options.quick else options.study)
+            study = quick() if options.quick else options.study
+            found = arms(study)
         except (OSError, ValueError) as error:
             parser.error(str(error))
         bar = statistics.mean(run[-1].accuracy for run in next(iter(found.values())).values()) - options.within
         ends, pairs = each_arm(found, bar), each_pair(found, bar)
         head = ["arm", "final accuracy, %", "TFLOP", "seconds", f"came to {bar:.2f} %"]
-        common.tell(f"{options.study}: medians (ranges) over seeds", head, ends, {})
+        common.tell(f"{study}: medians (ranges) over seeds", head, ends, {})
         head = ["arms", "points", "FLOPs", "seconds", "FLOPs to the bar", "seconds to the bar"]
         common.tell("Differences and ratios, means by seed [95 %]", head, pairs, {})
         told = verdicts(found, options.within)
