@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from orchestrator.files import sync_directory, write_atomic
+from orchestrator.files import sync_directory, unfinished, write_atomic
 from strategies.contract import State
 
 FILES = ("tensors.safetensors", "state.json")
@@ -91,13 +91,12 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int = 2) -> Pat
     blobs = (save_tensors(tensors), json.dumps(tree).encode())
     final = folder / f"step_{step:09d}"
     part = folder / f".part_{step:09d}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name, blob in zip(FILES, blobs, strict=True):
-        write_atomic(part / name, blob)
-    write_atomic(part / "manifest.json", json.dumps({n: _sha(b) for n, b in zip(FILES, blobs, strict=True)}))
-    shutil.rmtree(final, ignore_errors=True)
-    os.rename(part, final)
+    with unfinished(part):
+        for name, blob in zip(FILES, blobs, strict=True):
+            write_atomic(part / name, blob)
+        write_atomic(part / "manifest.json", json.dumps({n: _sha(b) for n, b in zip(FILES, blobs, strict=True)}))
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(part, final)
     sync_directory(folder)
     for old in list(_newest_first(folder))[keep:]:
         shutil.rmtree(old, ignore_errors=True)

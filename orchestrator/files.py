@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +31,19 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def unfinished(part: Path) -> Iterator[None]:
+    """Around all that is written into a new directory under a passing name, with its renaming: gone if that fails, since a
+    full disk needs the room."""
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def naming(path: Path | str, error: OSError) -> OSError:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load, save
 
 from orchestrator import checkpoint
-from orchestrator.files import read_json, sync_directory, write_atomic, write_json
+from orchestrator.files import read_json, sync_directory, unfinished, write_atomic, write_json
 from orchestrator.identity import phase_key as key
 
 __all__ = ["PhaseStore", "Record", "key"]
@@ -58,16 +58,16 @@ class PhaseStore:
         blob = save(tensors)
         facts = {"rows": record.rows, "progress": record.progress, "content": content}
         facts |= {"sha256": hashlib.sha256(blob).hexdigest()}
-        part.mkdir(parents=True, exist_ok=True)
-        write_atomic(part / "weights.safetensors", blob)
-        write_json(part / "record.json", facts)
-        self._move(part, final)
+        with unfinished(part):
+            write_atomic(part / "weights.safetensors", blob)
+            write_json(part / "record.json", facts)
+            self._move(part, final)
 
     def _move(self, part: Path, final: Path) -> None:
         try:
             os.rename(part, final)
             sync_directory(self.root)
         except OSError:
-            shutil.rmtree(part)
+            shutil.rmtree(part, ignore_errors=True)
             if not final.exists():  # else another gang finished the same phase first
                 raise

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM for the driver: end the study in order, or at once where a trial runs in this very process."""
+"""Ctrl-C, SIGTERM and the SIGUSR1 of batch schedulers: a driver ends its study in order, or at once where a trial runs in it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 from types import FrameType, TracebackType
 
 TERMINATED = 75
-CODES = {signal.SIGINT: 130, signal.SIGTERM: TERMINATED}  # exit codes
+CODES = {signal.SIGINT: 130, signal.SIGTERM: TERMINATED, signal.SIGUSR1: TERMINATED}  # exit codes
 
 
 class Stopped(BaseException):

@@ -49,7 +49,7 @@ class Trial(Model):
             "precision": self.precision,
             "data": self.data,
             "log_steps": self.log_steps,
-            "local_batch": self.local_batch if self.normalises_batches else None,
+            "local_batch": self._cut() if self.normalises_batches else None,
             **self.compression,
             **self.extra,
             **self.sharing,
@@ -87,6 +87,14 @@ class Trial(Model):
         """Examples that one worker pushes through the network at once, memory permitting."""
         share = -(-self.base.batch // self.cluster.workers)
         return share if self.base.micro_batch == "auto" else min(share, self.base.micro_batch)
+
+    def _cut(self) -> int | list[int]:
+        """Examples of each part of a global batch that passes through the network at once; one number where all are alike."""
+        from orchestrator.workloads.order import micro, share
+
+        shares = (share(0, self.base.batch, rank, self.cluster.workers) for rank in range(self.cluster.workers))
+        sizes = [stop - start for mine in shares for start, stop in micro(*mine, self.local_batch)]
+        return sizes if len({*sizes}) > 1 else sizes[0]
 
     @property
     def normalises_batches(self) -> bool:

@@ -74,7 +74,6 @@ CUT = [
 ]
 
 
-@pytest.mark.xfail(strict=True, reason="a trial's name tells its largest share of a batch, not how the batch is cut")
 @pytest.mark.parametrize(("one", "other"), CUT)
 def test_other_shares_are_another_trial(tmp_path: Path, one: tuple[str, ...], other: tuple[str, ...]) -> None:
     """2 workers in parts of 16 for 22 at most, and 3 of 22, 21, 21; 4 of 2, and 5 of 2, 2, 2, 1, 1."""

@@ -1,15 +1,15 @@
 """SIGUSR1 and SIGUSR2, which users and batch schedulers send: the second asks where a process stands, and ends nothing; the
-first is nothing that bigbatch knows, and ends a process as the system does."""
+first ends a study in order, as SIGTERM does, and a rank as the system does."""
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
+from orchestrator.signals import TERMINATED
 from tests.faults import DRIVER
 from tests.orchestrator.test_faults import GANG, SOLO, Broken, alone, broken_off, unbroken  # noqa: F401
 from tests.orchestrator.test_study_on_ray import Running
@@ -41,14 +41,14 @@ def test_a_rank_that_another_signal_ends(tmp_path: Path, unbroken: Running) -> N
     study.equals(unbroken)
 
 
-def test_a_driver_that_another_signal_ends(tmp_path: Path, unbroken: Running) -> None:  # noqa: F811
-    """As one that is killed: its ranks and its cluster end with it, and the same command goes on."""
+def test_a_driver_that_a_batch_scheduler_ends(tmp_path: Path, unbroken: Running) -> None:  # noqa: F811
+    """A batch scheduler that tells of the end in time."""
     study = Broken(tmp_path, GANG, 2)
     study.plant(("usr1", "commit", DRIVER, None, 0))
-    broken_off(study, unbroken, -signal.SIGUSR1)
+    broken_off(study, unbroken, TERMINATED)
 
 
 def test_alone(tmp_path: Path, alone: Running) -> None:  # noqa: F811
     study = Broken(tmp_path, SOLO, 2)
     study.plant(("usr2", "evaluate", 0, None, 0), ("usr2", "commit", DRIVER, None, 0), ("usr1", "step", 0, 12, 1))
-    broken_off(study, alone, -signal.SIGUSR1)
+    broken_off(study, alone, TERMINATED)
