@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and the SIGUSR1 of batch schedulers: a driver ends its study in order, or at once where a trial runs in it."""
+"""Ctrl-C, SIGTERM and the SIGUSR1 of batch schedulers: a driver ends its study in order, or at once where it trains itself."""
 
 from __future__ import annotations
 
