@@ -85,3 +85,14 @@ def inject(h: Tensor, grad: Tensor, worker: Worker) -> None:
     """A module's backward pass from a gradient of its output; none where nothing in it learns."""
     if h.requires_grad:
         worker.backward(h, grad.to(h.dtype))
+
+
+def layout(net: nn.Module) -> torch.memory_format:
+    """How a network's convolutions like their images to lie in memory: in another layout they are slow, and round otherwise."""
+    kernels = [p for p in net.parameters() if p.ndim == 4 and not p.is_contiguous()]
+    last = any(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def laid_out(t: Tensor, format: torch.memory_format) -> Tensor:
+    return t.contiguous(memory_format=format) if t.ndim == 4 else t.contiguous()

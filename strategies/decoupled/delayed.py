@@ -22,6 +22,7 @@ from strategies.decoupled.flights import Ages, Books, Flight
 from strategies.decoupled.learner import Decoupled, DecoupledLive
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from strategies.net import Net
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 class DelayedLive(DecoupledLive):
     ages: Ages
     books: Books
+    format: torch.memory_format  # of images, however they were sent or saved
     flights: list[Flight] = dataclasses.field(default_factory=list)  # oldest first
     fresh: list[dict[str, Tensor]] = dataclasses.field(default_factory=list)  # the batch that is being read
 
@@ -39,15 +41,17 @@ class DelayedLive(DecoupledLive):
         if self.line:
             self.line.send(t, number)
         else:
-            micro[name] = t.contiguous()  # a checkpoint keeps no other layout
+            micro[name] = t
 
     def given(self, flight: Flight, number: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """Each micro-batch, and what a module is to pass forward of it."""
+        from strategies.decoupled.boundary import laid_out
+
         if self.ages.apart:
             flight.arrive()
         for micro in flight.micros:
             sent_now = self.line if number and not self.ages.apart else None
-            yield micro, sent_now.take() if sent_now else micro.pop("x")
+            yield micro, laid_out(sent_now.take() if sent_now else micro.pop("x"), self.format)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +61,14 @@ class Delayed(Decoupled):
     shrink: float  # factor of what is sent back at each cut
 
     def init(self, net: Net, worker: Worker) -> State:
+        from strategies.decoupled.boundary import layout
+
         state = Decoupled.init(self, net, worker)
         old: DecoupledLive = state.live
         values = {f.name: getattr(old, f.name) for f in dataclasses.fields(DecoupledLive)}
         ages = Ages(len(old.parts) - 1, self.apart)
-        state.live = DelayedLive(**values, ages=ages, books=Books(old.net, ages, old.worker, old.line, not self.replay))
+        books = Books(old.net, ages, old.worker, old.line, not self.replay)
+        state.live = DelayedLive(**values, ages=ages, books=books, format=layout(net))
         state.saved["flights"] = None
         return state
 
@@ -74,7 +81,7 @@ class Delayed(Decoupled):
 
     def exchange(self, state: State, batch: Batch, clock: Clock, weight: float) -> Tensor:
         """Takes the micro-batch in; `_apply` moves all batches on by a step, and tells the loss."""
-        state.live.fresh.append({"x": batch.x.contiguous(), "y": batch.y, "position": batch.position})
+        state.live.fresh.append({"x": batch.x, "y": batch.y, "position": batch.position})
         return batch.x.new_zeros(())
 
     def _apply(self, state: State, clock: Clock) -> None:
@@ -152,13 +159,13 @@ class Delayed(Decoupled):
 
     def _backward(self, live: DelayedLive, flight: Flight, number: int) -> None:
         """One module's, from what the one above sent a step ago."""
-        from strategies.decoupled.boundary import inject
+        from strategies.decoupled.boundary import inject, laid_out
 
         old = flight.weights.pop(str(number), {})
         passed = flight.passed.pop(number, None) or self._again(live, flight, number, old)
         flight.arrive()
         for micro, (x, h) in zip(flight.micros, passed, strict=True):
-            inject(h, self.shrink * micro.pop("grad"), live.worker)
+            inject(h, self.shrink * laid_out(micro.pop("grad"), live.format), live.worker)
             del micro[f"given {number}"]
             if x.grad is not None:
                 live.hand(micro, "grad", x.grad, number - 1)
@@ -169,17 +176,18 @@ class Delayed(Decoupled):
         self, live: DelayedLive, flight: Flight, number: int, old: dict[str, Tensor]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """x, h of each micro-batch by a forward pass that was made before; buffers, such as running statistics, stay."""
+        import torch
         from torch.func import functional_call
 
-        from strategies.decoupled.boundary import boundary
+        from strategies.decoupled.boundary import boundary, laid_out
 
         part = live.parts[number]
         for name, p in part.named_parameters() if old else ():
-            old[name].requires_grad_(p.requires_grad)
+            old[name] = torch.empty_like(p).copy_(old[name]).detach().requires_grad_(p.requires_grad)
         buffers = {name: b.clone() for name, b in part.named_buffers()}
         flight.draw(number, live.worker.device)
         for micro in flight.micros:
-            x = micro[f"given {number}"]
+            x = laid_out(micro[f"given {number}"], live.format)
             x = boundary(x) if number else x
             with live.worker.autocast():
                 h = functional_call(part, old | buffers, (x,))
@@ -216,9 +224,7 @@ class Delayed(Decoupled):
 
 
 def _copy(p: Tensor) -> Tensor:
-    import torch
-
-    return p.detach().clone(memory_format=torch.contiguous_format).requires_grad_(p.requires_grad)
+    return p.detach().clone().requires_grad_(p.requires_grad)
 
 
 def _add(p: Tensor, grad: Tensor | None) -> None:

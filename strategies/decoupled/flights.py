@@ -127,7 +127,7 @@ class Books:
         found = {}
         for number in self.ages.between(flight.age) if self.kept else ():
             own = flight.weights.get(str(number), self.parameters[number])  # anything, where another role has them
-            found[str(number)] = {name: t.detach().clone() for name, t in own.items()}
+            found[str(number)] = {name: t.detach().contiguous().clone() for name, t in own.items()}
             if self.line:
                 copy_([*found[str(number)].values()], self.line.worker, number)
         return found

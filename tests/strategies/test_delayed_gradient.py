@@ -185,6 +185,28 @@ def test_a_checkpoint_without_graphs_changes_nothing(variant: Any, tmp_path: Pat
     assert distance(again, kept) == 0
 
 
+@pytest.mark.parametrize("variant", ["ddg", "fr"])
+def test_images_stay_as_convolutions_like_them(variant: str) -> None:
+    """In a network of channels last, modules are given channels last, also after a checkpoint, which does not have them so."""
+
+    def cnn(inputs: tuple[int, ...], classes: int) -> Net:
+        stages = [nn.Conv2d(size, 4, 3, padding=1) for size in (inputs[0], 4, 4)]
+        return Net(stages, nn.Flatten(), nn.Linear(64, classes)).to(memory_format=torch.channels_last)  # type: ignore
+
+    apart, replay = VARIANTS[variant]
+    net, seen = build((2, 4, 4), CLASSES, ModelSpec(cnn), None), []
+    learner = Delayed(optimizer=Sgd(), rate=Rate(0.1), apart=apart, replay=replay, shrink=1.0)
+    state = learner.init(net, make_worker("solo", {}, "fp32", 0, 1, torch.device("cpu")))
+    for part in state.live.parts[1:]:
+        part.stages[0].register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    for step in range(3):
+        batch = Batch(torch.randn(6, 2, 4, 4), torch.arange(6) % CLASSES, torch.arange(6))
+        learner.step(state, [batch], Clock(step, 3, 0.0, 0.1, 6, 0))
+        learner.gather(state)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
+    assert seen
+
+
 def test_while_nothing_has_come_to_the_top_the_loss_is_that_of_what_was_read() -> None:
     nets, losses = played("fdg")
     for step in range(2):
