@@ -12,9 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from cluster import stacks
+from cluster.reaper import end, family
 from cluster.tasks import CapacityError, ClusterError
 
 OBJECT_STORE = 100 * 2**20  # bytes; tasks and results are small
@@ -42,7 +41,8 @@ try:
 except ModuleNotFoundError:
     raise ClusterError('several workers need Ray: pip install "bigbatch[ray]", or set launcher: solo') from None
 
-reaper: subprocess.Popen[bytes] | None = None  # of the private cluster
+reaper: subprocess.Popen[str] | None = None  # of the private cluster
+directory = ""  # its files
 
 
 def connect(cpus: int = 1) -> None:
@@ -74,30 +74,29 @@ def knock(address: str) -> None:
 
 def start(cpus: int, quiet: dict[str, Any]) -> None:
     """A cluster for this process alone: loopback, no dashboard, a directory of its own, gone when this process is."""
-    global reaper
+    global reaper, directory
     directory = tempfile.mkdtemp(prefix="bigbatch-ray-", dir="/tmp")  # short: it holds unix sockets
-    before = set(psutil.Process().children())
-    try:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, cpus),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE,
-            _temp_dir=directory,
-            **quiet,
-        )
-    finally:
-        own = [child for child in psutil.Process().children() if child not in before]
-        pids = [str(p.pid) for child in own for p in (child, *child.children(recursive=True))]
-        command = [sys.executable, "-P", str(Path(__file__).with_name("reaper.py")), directory, *pids]
-        reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    command = [sys.executable, "-P", str(Path(__file__).with_name("reaper.py"))]
+    reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)
+    assert reaper.stdin
+    print(directory, file=reaper.stdin, flush=True)
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, cpus),
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE,
+        _temp_dir=directory,
+        **quiet,
+    )
 
 
 def disconnect() -> None:
     """Leave the cluster; end it if it is ours."""
     global reaper
+    own = family(directory) if reaper else set()  # before Ray ends some of them, whose children could not be found then
     ray.shutdown()
     if reaper:
+        end(own)
         reaper.communicate()
         reaper = None
 

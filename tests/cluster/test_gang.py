@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from cluster.gang import RayGang, capacity, connect, disconnect, ray
 from cluster.local import LocalGang
+from cluster.reaper import family
 from cluster.tasks import CapacityError, Done, Failed, Lost, Outcome, Task
 from strategies.contract import Worker
 
@@ -329,3 +331,21 @@ def test_cluster_is_on_loopback_and_does_not_outlive_a_killed_driver(tmp_path: P
             process.kill()
         driver.kill()
         driver.communicate()
+
+
+@pytest.mark.parametrize("later", [0.3, 1.0])
+def test_a_driver_killed_while_its_cluster_starts_leaves_nothing(later: float) -> None:
+    """Seconds after the raylet: what it starts has not come so far, or does not stand in the driver's books."""
+    driver = psutil.Popen([sys.executable, "-c", DRIVER], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT)
+    try:
+        while not (raylets := [p for p in driver.children(recursive=True) if p.name() == "raylet"]):
+            assert driver.poll() is None
+        (directory,) = re.findall(r"--temp_dir=(\S+)", " ".join(raylets[0].cmdline()))
+        time.sleep(later)
+    finally:
+        driver.kill()
+        driver.wait()
+    deadline = time.monotonic() + 10
+    while (left := family(directory)) or Path(directory).exists():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)

@@ -55,7 +55,13 @@ def test_shipped_recipes_are_valid(recipe: Path) -> None:
 def test_plan_tells_the_arithmetic_and_writes_no_study(tmp_path: Path) -> None:
     done = bigbatch("plan", str(RECIPES / "quickstart.yaml"), "--json", cwd=tmp_path)
     data = json.loads(done.stdout)
-    assert data["done"] == 0 and data["offers"] == ["EDIT_WEIGHTS", "LAYER_GRADS", "LAYER_WEIGHTS", "OPEN_MODEL", "ROLES"]
+    assert data["done"] == 0 and data["offers"] == [
+        "EDIT_WEIGHTS",
+        "LAYER_GRADS",
+        "LAYER_WEIGHTS",
+        "OPEN_MODEL",
+        "ROLES",
+    ]
     for setting in data["settings"]:
         assert setting["workers"] * setting["micro_batch"] * setting["accumulation"] >= setting["batch"]
     assert list(tmp_path.iterdir()) == []

@@ -31,7 +31,9 @@ STRATEGIES = {
 
 def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without cosines, too, of which those of a row are told in the next: a checkpoint does not have them."""
-    return [{k: v for k, v in row.items() if not any(t in k for t in ("second", "occupancy", "cosine"))} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not any(t in k for t in ("second", "occupancy", "cosine"))} for row in rows
+    ]
 
 
 @pytest.mark.slow
