@@ -10,95 +10,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cluster.engines import make_worker
-from strategies.backprop import Backprop, CrossEntropy
-from strategies.contract import Batch, Clock, ModelSpec, Plan, PlanError, State
+from strategies.backprop import Backprop
+from strategies.contract import Batch, Clock, ModelSpec, Plan, PlanError
 from strategies.decoupled.boundary import CutNet, build
 from strategies.decoupled.synthesisers import synthesiser
 from strategies.decoupled.synthetic import Guess, Share, Synthetic
-from strategies.decoupled.waiting import Pair as Waited
-from strategies.decoupled.waiting import Waiting
 from strategies.net import Net
-from strategies.optimizers import Sgd
-from strategies.rate import Rate
 from strategies.synthetic_gradient import SyntheticGradient
 from tests.strategies.cases import with_stages
-from tests.strategies.harness import CLASSES, Blobs, Pair, baseline, distance, train
+from tests.strategies.cut_nets import IMAGES, WIDTH, Rig, cnn, mlp, perturbed, random_batch
+from tests.strategies.harness import CLASSES, baseline, distance, train
 
-WIDTH, IMAGES = (6,), (2, 6, 6)
 KINDS = ("deep", "linear", "affine", "low_rank", "pooled")
-
-
-class Residual(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.branch = nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.branch(x)
-
-
-def mlp(inputs: tuple[int, ...], classes: int, depth: int = 3) -> Net:
-    stages = [nn.Sequential(nn.Linear(8 if i else inputs[0], 8), nn.Tanh()) for i in range(depth)]
-    return Net(stages, head=nn.Linear(8, classes))
-
-
-def cnn(inputs: tuple[int, ...], classes: int) -> Net:
-    first = nn.Sequential(nn.Conv2d(inputs[0], 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
-    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return Net([first, Residual(4), Residual(4)], pool, nn.Linear(4, classes))
-
-
-class Rig:
-    """A learner on one network and one batch, with gradients to look at."""
-
-    def __init__(self, model: Any, inputs: tuple[int, ...], cuts: tuple[int, ...] | None = None, **options: Any):
-        torch.manual_seed(0)
-        self.net = build(inputs, CLASSES, ModelSpec(model), cuts).double()
-        settings: dict[str, Any] = {
-            "guess": Guess(),
-            "share": Share(0.0, 0.0, 0.0),
-            "queue": 0,
-            "guess_inputs": False,
-        } | options
-        self.learner = Synthetic(optimizer=Sgd(momentum=0.0), rate=Rate(0.1), **settings)
-        self.state: State = self.learner.init(self.net, make_worker("solo", {}, "fp64", 0, 1, torch.device("cpu")))
-        self.batch = random_batch(inputs)
-
-    def gradients(self) -> list[dict[str, Tensor]]:
-        """Of each module after one micro-batch that is the whole batch."""
-        self.learner.exchange(self.state, self.batch, self.clock(), 1.0)
-        return [{name: p.grad.clone() for name, p in part.named_parameters()} for part in self.state.live.parts]
-
-    def clock(self, step: int = 0) -> Clock:
-        return Clock(step, 10, 0.1 * step, 0.1, len(self.batch), 0)
-
-    def step(self, step: int = 0, batch: Batch | None = None) -> dict[str, Tensor]:
-        return self.learner.step(self.state, [batch or self.batch], self.clock(step))
-
-    def backprop(self) -> list[dict[str, Tensor]]:
-        self.net.zero_grad()
-        CrossEntropy()(self.net, self.batch, self.clock()).backward()
-        return [{name: p.grad.clone() for name, p in part.named_parameters()} for part in self.net.parts()]  # type: ignore[union-attr]
-
-
-def random_batch(inputs: tuple[int, ...], n: int = 8, seed: int = 1) -> Batch:
-    made = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, *inputs, generator=made, dtype=torch.float64)
-    return Batch(x, torch.arange(n) % CLASSES, torch.arange(n))
 
 
 def largest(a: list[dict[str, Tensor]], b: list[dict[str, Tensor]]) -> float:
     return max(float((x[name] - y[name]).abs().max()) for x, y in zip(a, b, strict=True) for name in x)
-
-
-def perturbed(rig: Rig) -> Rig:
-    """With synthesisers that say something."""
-    made = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for p in (p for helper in rig.state.live.helpers for p in helper.parameters()):
-            p.add_(torch.randn(p.shape, generator=made, dtype=p.dtype), alpha=0.1)
-    return rig
 
 
 class Truth(nn.Module):
@@ -226,7 +153,7 @@ def test_a_synthesiser_descends_its_squared_error() -> None:
         assert torch.allclose(p.grad, wanted, rtol=0, atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------- 7, and the queue
+# ---------------------------------------------------------------------------------------------------- 7
 
 
 def test_twice_the_batch_of_the_same_examples_changes_nothing() -> None:
@@ -241,123 +168,6 @@ def test_twice_the_batch_of_the_same_examples_changes_nothing() -> None:
         for p, q in zip(a.parameters(), b.parameters(), strict=True):
             assert torch.allclose(p.grad, q.grad, rtol=0, atol=1e-12)
             assert torch.allclose(p, q, rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("late", [1, 2])
-def test_a_queue_delays_what_synthesisers_learn_by_so_many_batches(late: int) -> None:
-    """Played by hand: activations and targets of batch b meet the synthesiser after the modules' step on batch b + late."""
-    rig = Rig(mlp, WIDTH, cuts=(1,), queue=late, guess=Guess("linear", rate=None))
-    hand = Rig(mlp, WIDTH, cuts=(1,), guess=Guess("linear", rate=None))
-    optimizer = torch.optim.SGD(hand.state.live.helpers[0].parameters(), lr=0.1)
-    modules, (guess,) = hand.state.live.parts, hand.state.live.helpers
-    moves = torch.optim.SGD(hand.net.parameters(), lr=0.1)
-    kept: list[tuple[Tensor, Tensor, Tensor]] = []
-    for step in range(6):
-        batch = random_batch(WIDTH, seed=10 + step)
-        rig.step(step, batch)
-        below = modules[0](batch.x)
-        h = below.detach().requires_grad_()
-        nn.functional.cross_entropy(modules[1](h), batch.y).backward()
-        below.backward(guess(h, batch.y).detach() / len(batch))
-        assert h.grad is not None
-        kept.append((h.detach(), batch.y, h.grad * len(batch)))
-        moves.step()
-        moves.zero_grad()
-        if step >= late:
-            (guess(*kept[step - late][:2]) - kept[step - late][2]).square().sum(1).mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    for p, q in zip([*rig.net.parameters(), *rig.state.live.helpers[0].parameters()],
-                    [*hand.net.parameters(), *guess.parameters()], strict=True):  # fmt: skip
-        assert torch.allclose(p, q, rtol=0, atol=1e-12)
-
-
-class Alone:
-    """A worker of two whose sums have no other side."""
-
-    device, size = torch.device("cpu"), 2
-
-    def __init__(self, rank: int):
-        self.rank = rank
-
-    def sum_(self, t: Tensor) -> Tensor:
-        return t
-
-
-def test_what_waits_is_saved_whole_and_shared_out_again() -> None:
-    """Of a batch of 5, worker 0 holds 2, worker 1 holds 3 in micro-batches of 2 and 1."""
-    batch = random_batch(WIDTH, 5)
-    whole = Waited(batch.x, batch.y, -batch.x)
-    shares = [[(0, 2)], [(2, 4), (4, 5)]]
-    waits = [Waiting(Alone(rank), 1, [0]) for rank in (0, 1)]  # type: ignore[arg-type]
-    for waiting, bounds in zip(waits, shares, strict=True):
-        for begin, end in bounds:
-            waiting.add(0, Waited(*(t[begin:end] for t in whole)))
-        assert list(waiting.due(1, 5)) == []
-    ((size, (one,)),), ((_, (other,)),) = (waiting.whole() for waiting in waits)
-    saved = [(size, [{name: t + other[name] for name, t in one.items()}])]
-    for waiting, bounds in zip(waits, shares, strict=True):
-        waiting.restore(saved)
-        out = list(waiting.due(0, 5))
-        assert [(cut, size) for cut, _, size in out] == [(0, 5)] * len(bounds)
-        for (begin, end), (_, pair, _) in zip(bounds, out, strict=True):
-            assert all(t.equal(w[begin:end]) for t, w in zip(pair, whole, strict=True))
-
-
-@pytest.mark.slow
-def test_a_queue_is_resumed_by_two_workers(tmp_path: Path) -> None:
-    """Each worker takes its own share of what waits out of rank 0's checkpoint."""
-    plan = SyntheticGradient(cuts=[1], queue=2, rate=0.01).edit(with_stages(baseline(batch=11)))
-    pair = Pair(tmp_path / "rendezvous")
-    try:
-        unbroken = pair.train(plan, tmp_path / "unbroken", micro_batch=4, save_seconds=0)
-        with pytest.raises(AssertionError, match="planted"):
-            pair.train(plan, tmp_path / "broken", data=Blobs(fail_at=77), micro_batch=4, save_seconds=0)
-        resumed = pair.train(plan, tmp_path / "broken", micro_batch=4, save_seconds=0)
-    finally:
-        pair.close()
-    assert distance(resumed, unbroken) == 0
-
-
-# ------------------------------------------------------------------------------------------------------ guessed inputs
-
-
-@pytest.mark.parametrize(("model", "inputs"), [(mlp, WIDTH), (cnn, IMAGES)])
-def test_guessed_inputs_take_the_place_of_those_made(model: Any, inputs: tuple[int, ...]) -> None:
-    rig = Rig(model, inputs, guess_inputs=True, share=Share(1.0, 1.0, 0.0))
-    parts, ahead = rig.state.live.parts, rig.state.live.helpers[2:]
-    gradients = rig.gradients()
-    given = [rig.batch.x, *(guess(rig.batch.x).detach().requires_grad_() for guess in ahead)]
-    loss = nn.functional.cross_entropy(parts[2](given[2]), rig.batch.y)
-    expected: dict[int, Any] = {2: torch.autograd.grad(loss, [*parts[2].parameters(), given[2]])}
-    for module in (1, 0):
-        wanted = [*parts[module].parameters(), *([given[module]] if module else [])]
-        expected[module] = torch.autograd.grad((parts[module](given[module]) * expected[module + 1][-1]).sum(), wanted)
-    for module, own in enumerate(gradients):
-        for found, g in zip(own.values(), expected[module], strict=False):
-            assert torch.allclose(found, g, rtol=0, atol=1e-12)
-    for cut, guess in enumerate(ahead):
-        error = (guess(rig.batch.x) - parts[cut](given[cut]).detach()).square().sum() / len(rig.batch)
-        for p, g in zip(guess.parameters(), torch.autograd.grad(error, [*guess.parameters()]), strict=True):
-            assert torch.allclose(p.grad, g, rtol=0, atol=1e-12)
-
-
-def test_with_guessed_inputs_a_network_learns(tmp_path: Path) -> None:
-    plan = SyntheticGradient(cuts=[1], inputs=True, rate=0.02).edit(with_stages(baseline(epochs=10)))
-    rows = train(plan, tmp_path).rows
-    assert rows[-1]["test_loss"] < 0.5 * rows[0]["train_loss"]
-
-
-def test_after_guessed_inputs_running_statistics_are_those_of_real_ones() -> None:
-    """In evaluation, the examples read pass as they would in training, in one batch and from end to end."""
-    rig = Rig(cnn, IMAGES, guess_inputs=True)
-    for step in range(3):
-        rig.step(step)
-    rig.learner.refresh(rig.state, lambda n: rig.batch)
-    with torch.no_grad():
-        found = rig.learner.predict(rig.state, rig.batch.x)
-        expected = rig.net.train()(rig.batch.x)
-    assert torch.allclose(found, expected, rtol=0, atol=1e-10)
 
 
 # ------------------------------------------------------------------------------------------------- options and refusals
