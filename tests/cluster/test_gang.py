@@ -333,19 +333,27 @@ def test_cluster_is_on_loopback_and_does_not_outlive_a_killed_driver(tmp_path: P
         driver.communicate()
 
 
+def commands(driver: psutil.Popen) -> str:
+    """Those of all that it has started."""
+    try:
+        return "\n".join(" ".join(p.cmdline()) for p in driver.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return ""
+
+
 @pytest.mark.parametrize("later", [0.3, 1.0])
 def test_a_driver_killed_while_its_cluster_starts_leaves_nothing(later: float) -> None:
     """Seconds after the raylet: what it starts has not come so far, or does not stand in the driver's books."""
     driver = psutil.Popen([sys.executable, "-c", DRIVER], env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT)
     try:
-        while not (raylets := [p for p in driver.children(recursive=True) if p.name() == "raylet"]):
+        while not (found := re.search(r"raylet --raylet_socket_name.* --temp_dir=(\S+)", commands(driver))):
             assert driver.poll() is None
-        (directory,) = re.findall(r"--temp_dir=(\S+)", " ".join(raylets[0].cmdline()))
         time.sleep(later)
     finally:
         driver.kill()
         driver.wait()
     deadline = time.monotonic() + 10
+    directory = found[1]
     while (left := family(directory)) or Path(directory).exists():
         assert time.monotonic() < deadline, left
         time.sleep(0.1)

@@ -92,7 +92,7 @@ def test_five_planted_mistakes_are_five_lines() -> None:
             '21: strategies[0].ema.half_lif: unknown key, did you mean "half_life"?',
         ),
         ("grid: {base.batchh: [1]}", '8: grid.base.batchh: unknown key, did you mean "base.batch"?'),
-        ("arms: {a: {lr: 3}}", "12: arms.a.lr: unknown key, expected one of strategies, base, search"),
+        ("arms: {a: {lr: 3}}", "12: arms.a.lr: unknown key, expected one of strategies, base, model, search"),
         ("grid: {base.batch: []}", "20: grid.base.batch: expected at least one entry, got none"),
         ("grid: {base.batch: [1, a]}", '24: grid.base.batch[1]: expected a whole number, got text "a"'),
         (
