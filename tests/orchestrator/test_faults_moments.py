@@ -36,6 +36,7 @@ TIMEOUT = 4.0  # seconds, of GANG
 
 GANG_MOMENTS = [
     ("kill", "bind", 0),
+    ("stop", "bind", 0),
     ("kill", "join", 0),
     ("stop", "join", 0),
     ("kill", "reset", 0),
@@ -62,11 +63,16 @@ def test_a_gang_that_forms_or_waits(
     study.equals(unbroken)
 
 
-@pytest.mark.parametrize("action", ["stop", "hang"])
-def test_a_rank_of_torchrun_that_does_not_get_on(tmp_path: Path, unbroken: Running, action: str) -> None:  # noqa: F811
+@pytest.mark.parametrize(("action", "rank"), [("stop", 1), ("hang", 1), ("usr1", 0)])
+def test_a_rank_of_torchrun_that_does_not_get_on(
+    tmp_path: Path,
+    unbroken: Running,  # noqa: F811
+    action: str,
+    rank: int,
+) -> None:
     """Nobody but torchrun could replace it: all ends within the time limit, and the same command goes on."""
     ids, torchrun = trial_ids(tmp_path)[:1], [*TORCHRUN, "orchestrator"]
-    planted = plant(tmp_path / "faults", [Fault(action, "step", 1, 12, ids[0])])
+    planted = plant(tmp_path / "faults", [Fault(action, "step", rank, 12, ids[0])])
     code, err = Started(tmp_path, 1, planted.env, torchrun).end()
     assert code == 1 and planted.fired() == planted.faults and "the same command goes on" in err, err
     until(lambda: not planted.left(), GONE)
