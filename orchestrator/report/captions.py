@@ -125,6 +125,11 @@ def notes(summary: Summary) -> list[str]:
             "The folder tables/ has the results for papers: LaTeX with booktabs, a file per table, for \\input. The trials "
             "behind every number, by id, are in evidence.json; the fit of an arm rests on all of its cells."
         )
+    if any(t.flops for cell in summary.all_cells for t in cell.trials):
+        said.append(
+            "FLOPs are those of a forward and a backward pass through the whole network for each example. What a method adds "
+            "(further passes, synthesisers, curvature) or spares (layers that it does not train) is not counted."
+        )
     if summary.target:
         said += [
             "A trial that did not reach the target, or diverged, counts as infinitely many steps in medians and intervals.",

@@ -14,6 +14,7 @@ from cluster.engines import make_worker
 from orchestrator import flops
 from orchestrator.recipe.workload_schema import Target
 from orchestrator.report import export
+from orchestrator.report.captions import notes
 from orchestrator.report.load import load
 from orchestrator.report.summary import summarise
 from orchestrator.report.tables import cells_table, trials_table
@@ -75,7 +76,7 @@ def test_flops_to_target() -> None:
 
 
 def test_report(tmp_path: Path) -> None:
-    """Columns where trials counted, none where they did not."""
+    """Columns and what they mean where trials counted, none where they did not."""
     for name, told in (("with", True), ("without", False)):
         made = MadeStudy(tmp_path / name)
         for seed in range(3):
@@ -87,6 +88,7 @@ def test_report(tmp_path: Path) -> None:
         summary = summarise(load(tmp_path / name, made.ids))
         cells, trials = cells_table(summary), trials_table(summary)
         assert (("FLOPs to target" in cells.header), ("training FLOPs" in trials.header)) == (told, told)
+        assert any("is not counted" in note for note in notes(summary)) == told
         if told:
             assert cells.rows[0][cells.header.index("FLOPs to target")] == "2.00e+12"  # the median
             assert [row[trials.header.index("FLOPs to target")] for row in trials.rows] == [
