@@ -37,7 +37,7 @@ class Trial(Model):
         return digest(self.identity())[:12]
 
     def identity(self) -> dict[str, Any]:
-        """What determines the result. Workers enter only where each normalises over its own part of a batch."""
+        """What determines the result. Workers enter only where each treats its own part of a batch in a way of its own."""
         workload = self.workload.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"target"})
         target = self.workload.target
         return {
@@ -71,8 +71,8 @@ class Trial(Model):
 
     @property
     def sharing(self) -> dict[str, Any]:
-        """How a batch is shared out, where a strategy makes the result depend on it."""
-        if not any(CATALOGUE[name].parts_matter for name, _ in self.strategies):
+        """How a batch is shared out, where a strategy or the network makes the result depend on it."""
+        if not (self.draws or any(CATALOGUE[name].parts_matter for name, _ in self.strategies)):
             return {}
         return {"sharing": {"workers": self.cluster.workers, "local_batch": self.local_batch}}
 
@@ -102,3 +102,9 @@ class Trial(Model):
         model = self.workload.model
         always = ("resnet", "vgg", "airbench", "import")
         return model.name in always or bool(getattr(model.options, "batch_norm", False))
+
+    @property
+    def draws(self) -> bool:
+        """Dropout draws anew for each part of a batch, on each worker its own; the user's own network is taken to have it."""
+        model = self.workload.model
+        return model.name == "import" or bool(getattr(model.options, "dropout", 0))

@@ -265,3 +265,17 @@ def test_a_scaling_rule_beside_a_method_that_scales_is_refused() -> None:
     settings = ("arms.other.strategies=[{adascale: {per: 8}}]", "base.rate.scale=linear")
     with pytest.raises(PlanError, match=r"base\.rate\.scale is linear: leave it out"):
         compose(trials(*settings)[-1], examples=100)
+
+
+def test_with_dropout_the_parts_of_a_batch_are_part_of_the_name() -> None:
+    """Each worker draws masks of its own, and anew for each micro-batch."""
+
+    def names(model: str) -> list[str]:
+        shapes = ("cluster.workers=1", "cluster.workers=2", "base.micro_batch=8")
+        sets = (f"workload.model={model}", "arms={plain: {}}", "grid={}", "seeds=1")
+        return [name for shape in shapes for name in ids(*sets, shape)]
+
+    for network in ("alexnet", "overfeat", "small_overfeat"):
+        assert len({*names(network)}) == 3
+        assert len({*names(f"{{{network}: {{dropout: 0}}}}")}) == 1
+    assert len({*names("mlp")}) == 1
