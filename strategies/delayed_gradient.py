@@ -24,7 +24,8 @@ from strategies.decoupled.learner import decouple, with_roles
 @dataclass(frozen=True, slots=True)
 class DelayedGradient(Strategy):
     cuts: list[int] | None = option(
-        None, "stages behind which the network is cut; []: not at all; none: behind each that has parameters"
+        None,
+        "stages behind which the network is cut; []: not at all; none: behind each that has parameters, but the last",
     )
     variant: Literal["ddg", "fr", "fdg"] = option(
         "fr",

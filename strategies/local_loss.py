@@ -23,7 +23,8 @@ from strategies.decoupled.learner import decouple, with_roles
 class LocalLoss(Strategy):
     parts_matter: ClassVar[bool] = True  # similarities are taken within a micro-batch
     cuts: list[int] | None = option(
-        None, "stages behind which the network is cut; []: not at all; none: behind each that has parameters"
+        None,
+        "stages behind which the network is cut; []: not at all; none: behind each that has parameters, but the last",
     )
     loss: Literal["pred", "sim", "predsim", "none"] = option(
         "pred", "of modules below the last: of auxiliary logits, of similarities, of both, or none: they do not learn"

@@ -17,7 +17,8 @@ from strategies.decoupled.pipelined import Pipelined
 @dataclass(frozen=True, slots=True)
 class Pipeline(Strategy):
     cuts: list[int] | None = option(
-        None, "stages behind which the network is cut; []: not at all; none: behind each that has parameters"
+        None,
+        "stages behind which the network is cut; []: not at all; none: behind each that has parameters, but the last",
     )
     micro_batches: int = option(4, "parts of what a forward pass would take at once, which follow each other", ge=1)
     roles: bool = option(

@@ -28,7 +28,8 @@ from strategies.decoupled.synthetic import Guess, Kind, Share, Synthetic
 class SyntheticGradient(Strategy):
     parts_matter: ClassVar[bool] = True  # deep synthesisers normalise micro-batches
     cuts: list[int] | None = option(
-        None, "stages behind which the network is cut; []: not at all; none: behind each that has parameters"
+        None,
+        "stages behind which the network is cut; []: not at all; none: behind each that has parameters, but the last",
     )
     synthesiser: Kind = option(
         "linear",

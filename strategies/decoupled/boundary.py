@@ -56,7 +56,8 @@ def build(inputs: tuple[int, ...], classes: int, model: ModelSpec, cuts: tuple[i
     count = len(net.stages)
     if cuts is None:
         cuts = tuple(i for i, stage in enumerate(net.stages, 1) if i < count and [*stage.parameters()])
-    if any(cut >= count for cut in cuts):
+    most = count if any([*m.parameters()] for m in (net.pool, net.head)) else count - 1
+    if any(cut > most for cut in cuts):
         raise PlanError(f"a cut behind stage {max(cuts)} leaves nothing: the network has {count} stages")
     return CutNet(net, cuts, inputs, classes)
 

@@ -54,6 +54,15 @@ def test_lambda_1_is_backpropagation(model: Any, inputs: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize(("model", "inputs"), [(mlp, WIDTH), (cnn, IMAGES)])
+def test_the_head_as_a_module_of_its_own(model: Any, inputs: tuple[int, ...]) -> None:
+    rig = perturbed(Rig(model, inputs, cuts=(1, 3), share=Share(1.0, 1.0, 0.0)))
+    assert {*dict(rig.state.live.parts[-1].named_parameters())} == {"head.weight", "head.bias"}
+    assert largest(rig.gradients(), rig.backprop()) < 1e-12
+    with pytest.raises(PlanError, match="a cut behind stage 4 leaves nothing: the network has 3 stages"):
+        build(inputs, CLASSES, ModelSpec(model), (1, 4))
+
+
+@pytest.mark.parametrize(("model", "inputs"), [(mlp, WIDTH), (cnn, IMAGES)])
 def test_true_guesses_are_backpropagation(model: Any, inputs: tuple[int, ...]) -> None:
     rig = Rig(model, inputs, share=Share(0.0, 0.0, 0.0))
     parts = rig.state.live.parts
@@ -234,7 +243,7 @@ def test_cuts_must_rise(cuts: list[int]) -> None:
 
 def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="the network has 2 stages"):
-        train(edited(cuts=[2]), tmp_path)
+        train(edited(cuts=[3]), tmp_path)
     with pytest.raises(PlanError, match="forward pass of its own"):
         train(SyntheticGradient().edit(baseline()), tmp_path)
     with pytest.raises(PlanError, match="no hidden layer"):
