@@ -58,11 +58,14 @@ class Store:
         return result is not None and result["status"] in FINISHED
 
     def trial_ids(self) -> list[str]:
-        """The trials of the recipe as it was last run; trials of an earlier form of it may lie beside them."""
+        """The trials of the recipe as it was last run; trials of an earlier form of it may lie beside them. Raises Damaged."""
         path = self.directory / "trials.json"
-        if path.exists():
-            return list(map(str, read_json(path)))
-        return sorted(p.name for p in self.directory.glob("trials/*/"))
+        if not path.exists():
+            return sorted(p.name for p in self.directory.glob("trials/*/"))
+        ids = read_json(path)
+        if not isinstance(ids, list) or not all(isinstance(trial_id, str) for trial_id in ids):
+            raise Damaged(f"{path}: not a list of trials; the next run of the recipe writes it anew")
+        return ids
 
     def results(self) -> list[dict[str, Any]]:
         """Results on file, in the order of the recipe."""

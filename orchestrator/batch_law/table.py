@@ -51,7 +51,7 @@ class Row(BaseModel):
 
 
 class Entry(BaseModel):
-    points: list[Row]
+    points: Annotated[list[Row], Field(min_length=1)]
     quantity: Literal["steps_to_target", "examples_to_target"]
     unit: str = "examples"
 
@@ -69,7 +69,7 @@ def read(path: Path) -> list[Curve]:
 
 def _from_json(path: Path) -> list[Curve]:
     content = read_json(path)
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not content:
         raise Damaged(f"{path}: expected an object of curves, name: {{points, quantity, unit}}")
     return [_curve(name, _checked(Entry, value, f"{path}: {printable(name)}")) for name, value in content.items()]
 
@@ -117,6 +117,8 @@ def _from_csv(path: Path) -> list[Curve]:
     curves: dict[str, list[Point]] = {}
     for name, row in _csv_rows(path, reader, named[0]):
         curves.setdefault(name, []).extend(row.points(steps))
+    if not curves:
+        raise Damaged(f"{path}: no rows below the columns, expected one for each trial")
     return [Curve(name, points, unit) for name, points in curves.items()]
 
 

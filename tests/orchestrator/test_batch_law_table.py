@@ -127,6 +127,8 @@ BAD_JSON = {
         "a: quantity: Input should be 'steps_to_target' or 'examples_to_target', got 'steps'",
     ),
     "points": ({"a": {"quantity": "steps_to_target"}}, "a: points: Field required"),
+    "no points": (changed(points=[]), "a: points: List should have at least 1 item"),
+    "no curves": ({}, "expected an object of curves"),
     "zero": (
         changed(points=[{"batch_size": 8, "to_target": [1, 0]}]),
         "a: points[0].to_target[1]: Input should be greater than 0",
@@ -159,6 +161,7 @@ BAD_CSV = {
     "": (":1: expected the columns batch_size and one of steps_to_target", "got nothing"),
     "batch,steps\n8,3\n": (":1: expected the columns", "got batch, steps"),
     "batch_size,steps_to_target,epochs_to_target\n": (":1: expected the columns", "one of"),
+    "batch_size,steps_to_target\n": (": no rows below the columns", ""),
     "batch_size,steps_to_target\n8,30\n16,x\n": (":3: to_target[0]: Input should be a valid number", "got 'x'"),
     "batch_size,steps_to_target\n8,30\n\n16\n": (":4: to_target: Field required", ""),
     "batch_size,steps_to_target\n8,inf\n": (":2: to_target[0]: Input should be a finite number", ""),
@@ -215,6 +218,28 @@ def test_of_other_grid_values_the_best_counts(tmp_path):
         study.add("sgd", 64, 0, steps, point={"base.batch": 64, "base.rate": rate})
     (curve,) = read(study.path)
     assert [p.upper for p in curve.points] == [300]
+
+
+def test_trials_that_are_no_longer_in_the_study_do_not_count(tmp_path):
+    study = MadeStudy(tmp_path / "s")
+    for batch in (16, 64, 256):
+        study.add("sgd", batch, 0, 6400 // batch + 20)
+    before = bigbatch_fit(str(study.path), "--json")
+    (study.path / "trials.json").write_text(json.dumps(study.ids))
+    for batch in (16, 64, 256):
+        study.add("sgd", batch, 0, 2 * (6400 // batch + 20))
+    assert before[0] == 0 and bigbatch_fit(str(study.path), "--json") == before
+
+
+def test_an_arm_whose_search_has_no_winner_yet_does_not_hide_the_others(tmp_path):
+    study = MadeStudy(tmp_path / "s")
+    for batch in (32, 64, 128, 256):
+        study.add("sgd", batch, 0, round(Law(20, 200).steps(batch)))
+        study.add("adamw", batch, 0, 100, role="tuning")
+    code, out, _ = bigbatch_fit(str(study.path))
+    rows = {line.split()[0]: line for line in out.splitlines()}
+    assert code == 0 and rows["sgd"].split()[1] == "32-256"
+    assert "the target was reached at fewer than 3 batch sizes" in rows["adamw:"]
 
 
 def test_a_study_without_target_is_refused(tmp_path):

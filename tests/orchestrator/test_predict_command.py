@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,22 @@ def test_no_study_and_no_target(tmp_path):
     assert code == 2 and err == f"{without}: this study has no target, so there is no time to it to predict\n"
 
 
+def test_trials_that_are_no_longer_in_the_study_do_not_count(made, tmp_path):
+    path = tmp_path / "study"
+    shutil.copytree(made, path)
+    words = (path, "--workers", 4, "--batch", 256, "--json")
+    trials = sorted((path / "trials").iterdir())
+    before = predict(*words)
+    (path / "trials.json").write_text(json.dumps([trial.name for trial in trials]))
+    for trial in trials:
+        shutil.copytree(trial, stale := trial.with_name(f"stale_{trial.name}"))
+        result = json.loads((stale / "result.json").read_text())
+        result["target"]["step"] *= 2
+        result["examples_per_second"] /= 2
+        (stale / "result.json").write_text(json.dumps(result))
+    assert before[0] == 0 and predict(*words) == before
+
+
 def test_an_arm_that_cannot_be_predicted_does_not_hide_the_others(tmp_path):
     path = study(tmp_path / "arms")
     kept = study(tmp_path / "few", batches=(32, 64), arm="lars")
@@ -156,6 +173,16 @@ def test_an_arm_that_cannot_be_predicted_does_not_hide_the_others(tmp_path):
     code, out, err = predict(path, "--workers", "8", "--batch", "512")
     assert code == 0 and out.startswith("arm sgd") and "lars" not in out
     assert len(err.splitlines()) == 1 and "arm lars: the target was reached at fewer than three batch sizes" in err
+
+
+def test_an_arm_whose_search_has_no_winner_yet_does_not_hide_the_others(tmp_path):
+    path = study(tmp_path / "arms")
+    tuning = study(tmp_path / "tuning", arm="adamw", role="tuning")
+    for trial in tuning.glob("trials/*"):
+        trial.rename(path / "trials" / f"adamw{trial.name}")
+    code, out, err = predict(path, "--workers", "8", "--batch", "512")
+    assert code == 0 and out.startswith("arm sgd") and "adamw" not in out
+    assert len(err.splitlines()) == 1 and "arm adamw: the target was reached at fewer than three batch sizes" in err
 
 
 # ---------------------------------------------------------------------------------------------------------- hardware files

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from orchestrator.cli import app
 from orchestrator.driver import drive
 from orchestrator.files import Damaged
 from orchestrator.recipe import load
@@ -284,6 +286,15 @@ def test_trials_of_an_earlier_form_of_the_recipe_are_no_part_of_the_study(runs: 
     drive(study(runs, "base.epochs=3"))
     now = [trial.id for trial in study(runs, "base.epochs=3").trials]
     assert Store(runs / "small").trial_ids() == now == [r["trial"] for r in Store(runs / "small").results()]
+
+
+@pytest.mark.parametrize("content", ["5", "{}", "[5]", "null"])
+@pytest.mark.parametrize("command", ["show", "report"])
+def test_a_damaged_list_of_trials_is_one_line(tmp_path: Path, content: str, command: str) -> None:
+    (tmp_path / "trials").mkdir()
+    (tmp_path / "trials.json").write_text(content)
+    done = CliRunner().invoke(app, [command, str(tmp_path)])
+    assert done.exit_code == 2 and done.stderr.startswith(f"{tmp_path / 'trials.json'}: not a list of trials")
 
 
 @pytest.mark.usefixtures("no_report")
