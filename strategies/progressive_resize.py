@@ -2,7 +2,8 @@
 
 Of the run, the share `delay` is trained on images of `scale` times their sides, the last share, `finetune`, on whole ones,
 and in between sides grow evenly, in `steps` sizes. Each size is a phase of its own, evaluated on images of that size; the
-network is the same in all, so it has to end in global pooling. Weights, learner state and schedule of the rate go on.
+network is the same in all, so it has to end in global pooling. Weights, learner state and schedule of the rate go on;
+factors of natural_gradient, whose scale depends on the number of positions, begin anew with each size.
 """
 
 from __future__ import annotations

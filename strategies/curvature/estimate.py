@@ -54,6 +54,7 @@ class Curvature:
         self.intervals = dict.fromkeys(self.shapes, (1, 1))  # the last, and the one before
         self.due_at = dict.fromkeys(self.shapes, 0)  # step
         self.stale: list[str] = []  # layers whose factors are newer than the inverse
+        self.inputs: list[int] = []  # the shape of an example of which all this is
         self.product = self.like.new_zeros(())  # sum of products of gradients before and after, over all layers
         self.scale = self.like.new_ones(())  # by which `clip` has multiplied
         if options.inverse == "ekfac" and self.placement.columns > 1:
@@ -74,6 +75,8 @@ class Curvature:
 
     def watch(self, gradient: Gradient, step: Step) -> Tensor:
         """What `gradient` does, seen where factors are due."""
+        if step.clock.step == 0:
+            self._begin(list(step.batch.x.shape[1:]))
         due = set(self.due(step.clock.step))
         if not due:
             return gradient(step)
@@ -86,6 +89,13 @@ class Curvature:
         graph = Graph(sink)
         with hooked(layers, lambda layer: partial(graph.add, layer)):
             return gradient(dataclasses.replace(step, predict=partial(_sampled, step, graph)))
+
+    def _begin(self, inputs: list[int]) -> None:
+        """A phase. What another one has handed on holds for examples of the same shape: a factor's scale depends on how many
+        positions its layer has, and a mean over old and new ones would keep the old scale for hundreds of steps."""
+        if inputs != self.inputs:
+            self.inputs, self.kept, self.counts, self.stale = inputs, {}, {}, []
+            self.intervals, self.due_at = dict.fromkeys(self.shapes, (1, 1)), dict.fromkeys(self.shapes, 0)
 
     def _see(
         self, due: set[str], part: float, scale: float, layer: AnyLayer, xs: list[Tensor], grads: list[Tensor]
@@ -255,13 +265,14 @@ class Curvature:
         """On rank 0, after `gather`, that of all workers: what one worker alone has."""
         tensors = self.kept if self.whole is None else self.whole
         plain = {"counts": self.counts, "intervals": self.intervals, "due_at": self.due_at, "stale": self.stale}
-        return {"tensors": tensors, **plain}
+        return {"tensors": tensors, "inputs": self.inputs, **plain}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Of a saved state, this worker's part, also where the state is of another number of workers."""
         self.counts, self.intervals, self.due_at, self.stale = (
             type(saved[name])(saved[name]) for name in ("counts", "intervals", "due_at", "stale")
         )
+        self.inputs = list(saved.get("inputs", []))  # earlier versions did not save it
         self.kept = {key: t.to(self.like, copy=True) for key, t in saved["tensors"].items() if self._keeps(key)}
 
     def _keeps(self, key: str) -> bool:
