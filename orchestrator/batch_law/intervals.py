@@ -1,5 +1,7 @@
 """How well a law is known: 95 % intervals by three methods, the widest being quoted, and whether B_crit is identified.
 
+Of open intervals none is the widest: where a method leaves an end open, the lowest and the highest end of all are quoted.
+
 The profile likelihood takes misfit to be normal, alike at all batch sizes; the point bootstrap redraws batch sizes and does
 not; the seed bootstrap redraws the trials at each batch size and shows what seeds alone would say, which is often too little.
 """
@@ -44,6 +46,13 @@ class Interval:
 Intervals = dict[str, Interval]  # of each quantity
 
 
+def _widest(intervals: Sequence[Interval]) -> Interval:
+    """With an open one among them from the lowest end to the highest, so that no end is tighter than that of any method."""
+    if all(i.bounded for i in intervals):
+        return max(intervals, key=lambda i: i.width)
+    return Interval(min(i.low for i in intervals), max(i.high for i in intervals))
+
+
 @dataclass(frozen=True)
 class Estimate:
     """The law of one curve and what is known of it."""
@@ -54,8 +63,7 @@ class Estimate:
 
     @property
     def quoted(self) -> Intervals:
-        """The widest of the methods; of several open ones, the first."""
-        return {q: max((m[q] for m in self.methods.values()), key=lambda i: i.width) for q in QUANTITIES}
+        return {q: _widest([method[q] for method in self.methods.values()]) for q in QUANTITIES}
 
     @property
     def reasons(self) -> list[str]:
@@ -89,10 +97,10 @@ def estimate(points: Sequence[Point], draws: int = DRAWS) -> Estimate | None:
 
     The generator of the bootstraps is fixed: the same points give the same intervals.
     """
+    if len({p.batch for p in points if p.hit}) < DISTINCT:
+        return None
     every = trials(points)
     at = locate(every)
-    if at.hits < DISTINCT:
-        return None
     best = fit(at)
     methods = {"profile": profile_intervals(at), "points": _percentiles(*point_bootstrap(at, draws), at)}
     if len(every.lower) > len(at.batches):

@@ -142,7 +142,8 @@ def notes(summary: Summary) -> list[str]:
             "Critical batch size B_crit: where the fitted law S = S_min (1 + B_crit / B) takes twice S_min steps. It is fitted "
             f"by maximum likelihood to arms that reached the target at {FEWEST} batch sizes or more, evaluations taken as "
             "intervals, misses as censored. Its interval is the widest of profile likelihood and of bootstraps over batch "
-            "sizes and over seeds. If that is open, or all batch sizes lie above or all below half of B_crit, a bound is given."
+            "sizes and over seeds. If one of these is open, or all batch sizes lie above or all below half of B_crit, a bound is "
+            "given."
         )
     fresh = [cell.fresh for cell in summary.all_cells]
     if any(fresh):

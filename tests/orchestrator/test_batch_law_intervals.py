@@ -81,7 +81,8 @@ PERFECT, FLAT = Law(1e-3, 1e9), Law(1000, 1e-3)  # scaling without end, and none
 def test_perfect_scaling_leaves_a_lower_bound(seed):
     found = known(made(seed, PERFECT, POWERS[:8], trials=10, noise=0.2))
     assert not found.identified and found.quoted["critical"].high == math.inf
-    assert found.bound == ("at least", found.quoted["critical"].low) and found.bound[1] > POWERS[7] / 2
+    assert found.bound == ("at least", found.quoted["critical"].low)
+    assert found.methods["profile"]["critical"].low > POWERS[7] / 2  # bootstraps may reach further down
     assert found.quoted["examples_min"].low < PERFECT.examples_min < found.quoted["examples_min"].high
     assert found.quoted["steps_min"].low == 0
 
@@ -102,6 +103,21 @@ def test_batch_sizes_on_one_side_do_not_identify():
     above = known(made(0, batches=[2.0**i for i in range(11, 17)]))
     assert "the smallest batch size is above half of it" in above.reasons
     assert above.bound and above.bound[0] == "at most" and above.bound[1] >= 512
+
+
+@pytest.mark.parametrize("seed", [0, 2, 3, 9])
+def test_a_bound_is_no_tighter_than_the_end_of_any_method(seed):
+    """Where a method leaves its interval open: one of the others may reach further down all the same."""
+    found = known(made(seed, batches=[8.0, 16.0, 32.0, 64.0, 128.0], trials=2))
+    ends = [method["critical"] for method in found.methods.values()]
+    lowest = min(interval.low for interval in ends)
+    assert found.quoted["critical"] == Interval(lowest, math.inf) and found.bound == ("at least", lowest)
+
+
+def test_without_trials_or_with_misses_alone_there_is_no_law():
+    assert estimate([]) is None
+    assert estimate([Point(b, 0, math.inf) for b in (8, 32, 128, 512)]) is None
+    assert estimate([Point(b, 100, math.inf) for b in (8, 32, 128, 512)]) is None
 
 
 def test_four_batch_sizes_are_needed():
