@@ -85,7 +85,8 @@ def restore(old: Any, new: Any) -> Any:
 
 
 def save(folder: Path, step: int, content: dict[str, Any], keep: int = 2) -> Path:
-    """Write `content` as `folder/step_<step>`, then delete all but the newest `keep`."""
+    """Write `content` as `folder/step_<step>`, then delete all but the newest `keep` up to there: what claims a later step was
+    passed over as damaged when this run began."""
     tensors: dict[str, torch.Tensor] = {}
     tree = encode(content, tensors)
     blobs = (save_tensors(tensors), json.dumps(tree).encode())
@@ -98,8 +99,10 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int = 2) -> Pat
         shutil.rmtree(final, ignore_errors=True)
         os.rename(part, final)
     sync_directory(folder)
-    for old in list(_newest_first(folder))[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    there = list(_newest_first(folder))
+    kept = [path for path in there if path.name <= final.name][:keep]
+    for path in {*there} - {*kept}:
+        shutil.rmtree(path, ignore_errors=True)
     return final
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import combinations
 from typing import Any
 
 from orchestrator.recipe import resolve
@@ -103,10 +103,13 @@ def _unequal(recipe: Recipe) -> Iterator[Finding]:
     own = {name: resolve.search_of(recipe, name) for name in recipe.arms}
     if not any(own.values()) or any(search and search.allow_unequal for search in own.values()):
         return
-    for (first, one), (second, other) in pairwise(own.items()):
+    told: dict[str, Finding] = {}  # by the second arm of a pair, one each
+    for (first, one), (second, other) in combinations(own.items(), 2):
         if problem := _difference(one, other):
             path = ("arms", second, "search") if recipe.arms[second].search else ("arms", second)
-            yield Finding(path, f"{problem} than arm {first}: search them alike, or state allow_unequal: true")
+            finding = Finding(path, f"{problem} than arm {first}: search them alike, or state allow_unequal: true")
+            told.setdefault(second, finding)
+    yield from told.values()
 
 
 def _difference(one: Search | None, other: Search | None) -> str | None:

@@ -123,6 +123,18 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path) == {"n": 3000}
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_what_was_passed_over_does_not_count_among_the_kept(tmp_path: Path, keep: int) -> None:
+    for step in (90, 100):
+        checkpoint.save(tmp_path, step, {"n": step}, keep=2)
+    (tmp_path / "step_000000100" / "state.json").write_text("x")
+    with pytest.warns(UserWarning, match="damaged checkpoint passed over"):
+        assert checkpoint.load(tmp_path) == {"n": 90}
+    checkpoint.save(tmp_path, 95, {"n": 95}, keep)
+    assert checkpoint.load(tmp_path) == {"n": 95}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000000090", "step_000000095"][-keep:]
+
+
 def test_no_pickle_is_ever_loaded() -> None:
     sources = [p for top in ("strategies", "orchestrator", "cluster") for p in Path(top).rglob("*.py")]
     assert len(sources) > 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -289,6 +290,26 @@ def test_options_of_strategies_keep_their_limits() -> None:
 )
 def test_caveats_are_enforced(changes: list[str], said: str) -> None:
     assert said in problem(*changes)
+
+
+@pytest.mark.parametrize("order", list(permutations("abc")))
+def test_all_arms_are_searched_alike_and_not_neighbours_only(order: tuple[str, ...]) -> None:
+    spaces = {
+        "a": "base.rate.peak: {log_uniform: [0.01, 0.1]}",
+        "b": "base.optimizer.sgd.momentum: {uniform: [0.1, 0.9]}",
+        "c": "base.rate.peak: {log_uniform: [1.0e-4, 10]}",
+    }
+    arms = ", ".join(f"{name}: {{search: {{points: 6, space: {{{spaces[name]}}}}}}}" for name in order)
+    first, second = (name for name in order if name != "b")
+    said = problem(f"arms={{{arms}}}", "search=null")
+    assert f"arms.{second}.search: has another box for base.rate.peak than arm {first}" in said
+
+
+def test_each_arm_is_told_once_that_it_is_searched_otherwise() -> None:
+    arms = ", ".join(f"{name}: {{search: {{points: {n}, space: {{base.rate.peak: {{uniform: [1, 2]}}}}}}}}"
+                     for n, name in enumerate("abc", start=3))  # fmt: skip
+    said = problem(f"arms={{{arms}}}", "search=null").splitlines()
+    assert len(said) == 2 and "than arm a" in said[0] and "than arm a" in said[1]
 
 
 def test_caveats_can_be_accepted() -> None:
