@@ -67,6 +67,14 @@ class NaturalGradient(Strategy):
     tie_momentum: bool = option(False, "SGD's momentum falls with the rate: times rate over the highest rate so far")
     project: bool = option(False, "weights of a layer are scaled down to the norm sqrt(2 d_out) after each step")
 
+    def __post_init__(self) -> None:
+        Strategy.__post_init__(self)
+        if self.inverse == "ekfac" and self.inverses_every == 1 and not self.tolerance:
+            raise PlanError(
+                "natural_gradient: ekfac corrects eigenvalues by what steps see between inversions, but with inverses_every: 1 "
+                "there are none: raise it, set a tolerance, or choose eigen"
+            )
+
     def edit(self, plan: Plan) -> Plan:
         return plan.map(self._amend)
 

@@ -8,7 +8,7 @@ it to all others (`precondition`). Each collective carries all that goes from, o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -74,13 +74,13 @@ class Curvature:
         return [key for key in self.shapes if step >= self.due_at[key] or step < max(refresh.eager, 1)]
 
     def watch(self, gradient: Gradient, step: Step) -> Tensor:
-        """What `gradient` does, seen where factors are due."""
+        """What `gradient` does, seen by layers whose factors are due, and by those with new bases (ekfac)."""
         if step.clock.step == 0:
             self._begin(list(step.batch.x.shape[1:]))
         due = set(self.due(step.clock.step))
-        if not due:
+        layers = [self.blocks[name].layer for name in self._watching(due)]
+        if not layers:
             return gradient(step)
-        layers = [b.layer for name, b in self.blocks.items() if any(f"{name}/{f}" in due for f in b.factors)]
         part = share(step)
         sink = partial(self._see, due, part, step.clock.batch / (step.worker.size * part))
         if self.options.fisher == "empirical":
@@ -114,6 +114,13 @@ class Curvature:
         """Whether examples correct the eigenvalues of a layer, whose bases are there."""
         return self.options.inverse == "ekfac" and f"{name}/scale" in self.kept
 
+    def _watching(self, due: Collection[str]) -> list[str]:
+        """The layers of these factors, and those along whose bases no example has been seen yet."""
+        theirs = set(map(_layer, due))
+        return [
+            name for name in self.blocks if name in theirs or (self._scaled(name) and not self.counts[f"{name}/scale"])
+        ]
+
     def _inverse(self, name: str) -> dict[str, Tensor]:
         return {part: self.kept[f"{name}/{part}"] for part in self.blocks[name].inverses}
 
@@ -123,9 +130,10 @@ class Curvature:
         """Factors and inverses that are due, on all workers at once, when the step's last backward pass is done."""
         self.whole = None
         due = self.due(clock.step)
+        seen = self._watching(due)
         if due:
             self._fold(due, clock)
-            self._rescale(clock)
+        self._rescale(seen, clock)
         if self.options.refresh.inverses(clock.step):
             self._invert(self.options.damping(clock))
 
@@ -170,9 +178,9 @@ class Curvature:
     def _near(self, new: Tensor, old: Tensor) -> bool:
         return bool(change(new, old) < self.options.refresh.tolerance)
 
-    def _rescale(self, clock: Clock) -> None:
-        """The curvature along the bases in use, corrected by what this step saw (ekfac)."""
-        shapes = {f"{name}/scale": b.inverses["scale"] for name, b in self.blocks.items() if self._scaled(name)}
+    def _rescale(self, seen: Sequence[str], clock: Clock) -> None:
+        """The curvature of these layers along the bases in use, corrected by what this step saw (ekfac)."""
+        shapes = {f"{name}/scale": self.blocks[name].inverses["scale"] for name in seen if self._scaled(name)}
         if shapes:
             sums = [self.scales.pop(key) if key in self.scales else self._zeros(shape) for key, shape in shapes.items()]
             flat = self.worker.sum_(pack(sums, list(shapes.values()))) / clock.batch
@@ -196,7 +204,7 @@ class Curvature:
         }
         sources = {key: self.owner[_layer(key)] for key in shapes}
         self.kept |= from_sources(self.worker, sources, column, shapes, made, self.like)
-        self.counts |= {f"{name}/scale": 1 for name in self.stale}
+        self.counts |= {f"{name}/scale": 0 for name in self.stale}  # the first sample replaces the eigenvalues of K-FAC
         self.stale = []
 
     def _zeros(self, shape: Shape) -> Tensor:
