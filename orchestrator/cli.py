@@ -77,6 +77,15 @@ def open_study(path: Path, sets: list[str] | None, allow_code: bool, output: Pat
     return Study(recipe, path.read_text(encoding="utf-8"), output)
 
 
+def check_plans(path: Path, sets: list[str] | None) -> None:
+    """Raises RecipeError with every arm that cannot be, at its place."""
+    from orchestrator.plan import impossible
+    from orchestrator.recipe import RecipeError, cautions
+
+    if problems := cautions(path, sets or (), impossible):
+        raise RecipeError(problems)
+
+
 def caution(path: Path, sets: list[str] | None) -> None:
     """Tells on stderr what the user should know of a sound recipe."""
     from orchestrator.fairness import unfair
@@ -108,8 +117,8 @@ def run(
     """Run a study, or what is left of it: the same command again goes on where it was."""
     with plain_errors():
         study = open_study(recipe, set_, allow_code, output)
+        caution(recipe, set_)
         if dry_run:
-            caution(recipe, set_)
             return print_plan(study, False)
         from orchestrator.driver import drive
 
@@ -120,12 +129,12 @@ def run(
 def validate(recipe: RecipePath, set_: Sets = None, allow_code: AllowCode = False) -> None:
     """Check a recipe: all its errors at once, each with its place."""
     with plain_errors():
-        from orchestrator.plan import check_plans
+        from orchestrator.recipe.resolve import size
 
         study = open_study(recipe, set_, allow_code)
         caution(recipe, set_)
-        count = check_plans(study.recipe)
-        say(f"{recipe}: ok, {count} trials")
+        check_plans(recipe, set_)
+        say(f"{recipe}: ok, {size(study.recipe)} trials")
 
 
 @app.command()
@@ -276,14 +285,15 @@ def init(
     name: Annotated[str, typer.Option("--from", help="the shipped recipe to start from")] = "quickstart",
 ) -> None:
     """Write a recipe to start from."""
-    shipped = sorted(Path(__file__).parent.parent.joinpath("recipes").glob("*.yaml"))
+    folder = Path(ROOT) / "recipes"
+    shipped = sorted(folder.glob("*.yaml"))
     source = next((p for p in shipped if p.stem == name), None)
     if source is None or target.exists():
         what = f"{target} exists: it is left as it is" if source else f"no recipe {name!r}"
         say(f"{what}; shipped recipes: {', '.join(p.stem for p in shipped)}")
         raise typer.Exit(USAGE)
     with plain_errors():
-        target.write_text(source.read_text())
+        target.write_text(source.read_text().replace("./recipe.schema.json", str(folder / "recipe.schema.json"), 1))
     say(f"wrote {target}; next: bigbatch validate {target}")
 
 
@@ -315,11 +325,11 @@ def submit(
 ) -> None:
     """Run a study as a job of a Ray cluster."""
     with plain_errors():
-        from orchestrator.plan import check_plans
         from orchestrator.submit import submit as send
 
         study = open_study(recipe, set_, allow_code)
-        check_plans(study.recipe)
+        caution(recipe, set_)
+        check_plans(recipe, set_)
         options = [f"--set={setting}" for setting in set_ or ()] + ["--allow-code"] * allow_code
         raise typer.Exit(send(study.recipe, recipe, address, working_dir, output, options, wait))
 

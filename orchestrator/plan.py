@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -10,6 +10,8 @@ from cluster.engines import OFFERS, variant
 from orchestrator.compose import compose
 from orchestrator.identity import canonical
 from orchestrator.recipe import Recipe
+from orchestrator.recipe.messages import Finding
+from orchestrator.recipe.problems import spell
 from orchestrator.recipe.resolve import axes, search_of, size
 from orchestrator.search.stages import Stages
 from orchestrator.study import Study
@@ -19,11 +21,24 @@ from strategies.contract import Need, Plan, PlanError
 
 
 def check_plans(recipe: Recipe) -> int:
-    """Composes every arm at every grid point, without data and without torch; the number of trials. Raises PlanError."""
-    trials = Stages(recipe, lambda data: "", "fp32", read=lambda trial: None).trials
-    for _, group in groupby(trials, key=lambda trial: (trial.arm, sorted(trial.point.items()))):
-        _compose(next(iter(group)), examples=1)
+    """The number of trials. Raises PlanError with what is wrong with all arms, a line each."""
+    if found := impossible(recipe):
+        raise PlanError("\n".join(f"{spell(finding.path)}: {finding.message}" for finding in found))
     return size(recipe)
+
+
+def impossible(recipe: Recipe) -> list[Finding]:
+    """Composes every arm at every grid point, without data and without torch: what cannot be, each once."""
+    trials = Stages(recipe, lambda data: "", "fp32", read=lambda trial: None).trials
+    settings = (next(group) for _, group in groupby(trials, key=lambda trial: (trial.arm, sorted(trial.point.items()))))
+    return list(dict.fromkeys(finding for trial in settings for finding in _impossible(trial)))
+
+
+def _impossible(trial: Trial) -> Iterator[Finding]:
+    try:
+        compose(trial, examples=1)
+    except PlanError as error:
+        yield Finding(("arms", trial.arm), str(error))
 
 
 def _compose(trial: Trial, examples: int) -> Plan:
@@ -64,17 +79,20 @@ def as_data(study: Study) -> dict[str, Any]:
 def _setting(study: Study, trials: list[Trial], examples: int) -> dict[str, Any]:
     trial = trials[0]
     plan = _compose(trial, examples)
-    workers = trial.cluster.workers
-    micro = trial.local_batch
-    share = -(-trial.base.batch // workers)
+    workers, stated = trial.cluster.workers, trial.base.micro_batch
+    replicas = workers // plan.roles
+    share = -(-trial.base.batch // replicas)
+    micro = share if stated == "auto" else min(share, stated)
     return {
         "arm": trial.arm,
         "point": trial.point if trial.role == "winner" else {path: trial.point[path] for path in axes(study.recipe)},
         "batch": trial.base.batch,
         "workers": workers,
+        "roles": plan.roles,
+        "replicas": replicas,
         "micro_batch": micro,
         "accumulation": -(-share // micro),
-        "found": trial.base.micro_batch == "auto",
+        "found": stated == "auto",
         "steps": sum(p.steps(examples) for p in plan.phases),
         "phases": [{"name": p.name, "epochs": p.epochs, "learner": canonical(p.learner)} for p in plan.phases],
         "needs": _names(plan.needs),
@@ -107,18 +125,17 @@ def as_text(data: dict[str, Any]) -> str:
         f"data {source['name']}: {source['examples']} training examples, fingerprint {source['fingerprint']}",
         f"engine {data['engine']} on {data['workers']} workers in {data['precision']}; it offers {', '.join(data['offers'])}",
         "",
-        f"{'arm':16}{'batch':>8} = {'workers x micro x accumulation':32}{'steps':>9}  {'seeds':>5}{'done':>6}  phases; needs",
+        f"{'arm':16}{'batch':>8} = {'replicas x micro x accumulation':32}{'steps':>9}  {'seeds':>5}{'done':>6}  phases; needs",
     ]
     return "\n".join(lines + [_line(s) for s in data["settings"]])
 
 
 def _line(s: dict[str, Any]) -> str:
-    arithmetic = f"{s['workers']} x {s['micro_batch']} x {s['accumulation']}" + (
-        " (memory permitting)" if s["found"] else ""
-    )
+    arithmetic = f"{s['replicas']} x {s['micro_batch']} x {s['accumulation']}" + " (memory permitting)" * s["found"]
     phases = " > ".join(f"{p['name']} {p['epochs']:g} epochs" for p in s["phases"])
     others = ", ".join(f"{k}={v}" for k, v in s["point"].items() if k != "base.batch")
-    tail = f"{phases}; {', '.join(s['needs']) or 'nothing'}" + (f"  [{others}]" if others else "") + _budget(s)
+    needs = (", ".join(s["needs"]) or "nothing") + (f" on {s['roles']} roles" if s["roles"] > 1 else "")
+    tail = f"{phases}; {needs}" + (f"  [{others}]" if others else "") + _budget(s)
     return f"{s['arm']:16}{s['batch']:>8} = {arithmetic:32}{s['steps']:>9}  {len(s['seeds']):>5}{s['done']:>6}  {tail}"
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
+
+from orchestrator.cli import app
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -28,6 +32,11 @@ seeds: 0
 def bigbatch(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "orchestrator", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=cwd)
+
+
+def invoke(*words: str) -> Result:
+    """The same in this process."""
+    return CliRunner().invoke(app, words)
 
 
 def test_five_mistakes_five_positions(tmp_path: Path) -> None:
@@ -74,6 +83,29 @@ def test_accumulation_in_the_plan(tmp_path: Path) -> None:
     assert (setting["workers"], setting["micro_batch"], setting["accumulation"]) == (2, 8, 4)
 
 
+MODULES = """
+study: modules
+workload: {data: digits, model: {mlp: {width: 16, depth: 4}}}
+engine: ddp
+base: {epochs: 1, batch: 64}
+strategies: [{delayed_gradient: {cuts: [2], ahead: 1}}]
+"""
+
+
+@pytest.mark.parametrize(("workers", "replicas", "micro"), [(2, 1, 64), (4, 2, 32)])
+def test_modules_on_workers_of_their_own_share_no_batch(
+    tmp_path: Path, workers: int, replicas: int, micro: int
+) -> None:
+    path = tmp_path / "modules.yaml"
+    path.write_text(MODULES)
+    sets = ("--set", f"cluster.workers={workers}")
+    (setting,) = json.loads(invoke("plan", str(path), "--json", *sets).stdout)["settings"]
+    told = [setting[key] for key in ("workers", "roles", "replicas", "micro_batch", "accumulation")]
+    assert told == [workers, 2, replicas, micro, 1]
+    text = invoke("plan", str(path), *sets, "--set", "base.micro_batch=16").stdout
+    assert f"64 = {replicas} x 16 x {micro // 16}" in text and "ROLES on 2 roles" in text
+
+
 @pytest.mark.parametrize(
     "words", [("validate", "R"), ("plan", "R"), ("show", "R", "--resolved"), ("schema",), ("strategies",), ("--help",)]
 )
@@ -108,6 +140,49 @@ def test_what_a_user_does_wrong_is_one_line(words: tuple[str, ...], said: str, t
     done = bigbatch(*words, cwd=tmp_path)
     assert done.returncode == 2
     assert said in done.stderr and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+TWO_PLANS = """\
+study: two
+workload: {data: digits, model: mlp}
+engine: {deepspeed: {stage: 2}}
+base: {epochs: 1, batch: 64}
+arms:
+  a: {strategies: [muon]}
+  b: {strategies: [local_loss]}
+  c: {}
+grid: {base.batch: [64, 128]}
+"""
+
+
+def test_every_arm_that_cannot_be_is_told_once_at_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "two.yaml"
+    path.write_text(TWO_PLANS)
+    done = invoke("validate", str(path))
+    one, two = done.stderr.splitlines()
+    assert done.exit_code == 2
+    assert one.startswith(f"{path}:6:6: arms.a: the plan needs LAYER_GRADS; engine deepspeed stage 2 lacks")
+    assert two.startswith(f"{path}:7:6: arms.b: the plan needs OPEN_MODEL; engine deepspeed stage 2 lacks")
+    done = invoke("run", str(path), "--output", str(tmp_path / "runs"))
+    assert done.exit_code == 2 and [line[:7] for line in done.stderr.splitlines()] == ["arms.a:", "arms.b:"]
+
+
+@pytest.mark.parametrize(
+    ("words", "started"),
+    [
+        (("run",), "orchestrator.driver.drive"),
+        (("submit", "--address", "http://nowhere"), "orchestrator.submit.submit"),
+    ],
+)
+def test_cautions_come_before_a_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], started: str
+) -> None:
+    monkeypatch.setattr(started, lambda *study, **options: 0)
+    path = tmp_path / "extra.yaml"
+    path.write_text(TWO_PLANS[: TWO_PLANS.index("arms:")])
+    done = invoke(*words, str(path), "--set", "engine.deepspeed.extra={wall_clock_breakdown: true}")
+    assert done.exit_code == 0, done.stderr
+    assert "warning: goes to DeepSpeed as it is, untested: wall_clock_breakdown" in done.stderr
 
 
 def test_missing_data_is_told_before_any_worker_is_taken(tmp_path: Path) -> None:
@@ -180,6 +255,21 @@ def test_init_writes_a_recipe_that_is_valid(tmp_path: Path) -> None:
     assert bigbatch("init", "mine.yaml", cwd=tmp_path).returncode == 0
     assert bigbatch("validate", "mine.yaml", cwd=tmp_path).returncode == 0
     assert bigbatch("init", "mine.yaml", cwd=tmp_path).returncode == 2
+
+
+def test_the_schema_that_init_names_is_there(tmp_path: Path) -> None:
+    """Of an installed package, too: recipes and schema are in the wheel."""
+    assert invoke("init", str(tmp_path / "mine.yaml")).exit_code == 0
+    first, rest = (tmp_path / "mine.yaml").read_text().split("\n", 1)
+    comment, schema = first.split("$schema=")
+    assert comment == "# yaml-language-server: " and (tmp_path / schema).samefile(RECIPES / "recipe.schema.json")
+    assert rest == (RECIPES / "quickstart.yaml").read_text().split("\n", 1)[1]
+
+
+def test_recipes_and_schema_are_packaged() -> None:
+    setuptools = tomllib.loads(RECIPES.with_name("pyproject.toml").read_text())["tool"]["setuptools"]
+    assert "recipes" in setuptools["packages"]
+    assert setuptools["package-data"]["recipes"] == ["*.yaml", "recipe.schema.json"]
 
 
 def test_show_as_json(tmp_path: Path) -> None:
