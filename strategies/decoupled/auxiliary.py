@@ -28,10 +28,14 @@ class Auxiliary(nn.Module):
 
     def dissimilarity(self, h: Tensor, y: Tensor) -> Tensor:
         """() mean squared difference between similarities of features and of labels, over all pairs of examples."""
-        z = self.features(h)
-        z = z.flatten(2).std(2) if z.ndim == 4 else z
+        z = _spread(self.features(h))
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return (similarities(z) - similarities(soft(y, self.classes, z))).square().mean()
+
+
+def _spread(z: Tensor) -> Tensor:
+    """(n, d): of a map its standard deviation over positions, for each channel; of a single position its value."""
+    return z.flatten(2).std(2) if z.ndim == 4 and z[0, 0].numel() > 1 else z.flatten(1)
 
 
 def similarities(z: Tensor) -> Tensor:

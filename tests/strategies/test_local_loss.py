@@ -137,6 +137,18 @@ def test_features_that_tell_classes_apart_have_no_dissimilarity() -> None:
     assert helper.dissimilarity(perfect, torch.tensor([0, 0, 2, 1])).item() == pytest.approx(2.25 * 4 / 16, abs=1e-12)
 
 
+def test_maps_of_one_position_are_compared_by_their_values() -> None:
+    """A single value has no standard deviation."""
+    torch.manual_seed(0)
+    helper = Auxiliary((8, 1, 1), CLASSES, None, similar=True).double()
+    h, y = torch.randn(6, 8, 1, 1, dtype=torch.float64, requires_grad=True), torch.arange(6) % CLASSES
+    loss = helper.dissimilarity(h, y)
+    loss.backward()
+    wanted = similarities(helper.features(h).flatten(1)) - similarities(torch.eye(CLASSES, dtype=torch.float64)[y])
+    assert torch.allclose(loss, wanted.square().mean(), rtol=0, atol=1e-12)
+    assert h.grad is not None and h.grad.isfinite().all() and h.grad.norm() > 0
+
+
 def test_images_enter_by_their_standard_deviations() -> None:
     helper = Auxiliary((2, 2, 2), CLASSES, None, similar=True).double()
     helper.features = nn.Identity()
