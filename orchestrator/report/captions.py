@@ -142,17 +142,16 @@ def notes(summary: Summary) -> list[str]:
             "Critical batch size B_crit: where the fitted law S = S_min (1 + B_crit / B) takes twice S_min steps. It is fitted "
             f"by maximum likelihood to arms that reached the target at {FEWEST} batch sizes or more, evaluations taken as "
             "intervals, misses as censored. Its interval is the widest of profile likelihood and of bootstraps over batch "
-            "sizes and over seeds. If one of these is open, or all batch sizes lie above or all below half of B_crit, a bound is "
-            "given."
+            "sizes and over seeds. If one of these is open, or all batch sizes lie above or all below half of B_crit, a bound "
+            "is given."
         )
-    fresh = [cell.fresh for cell in summary.all_cells]
-    if any(fresh):
+    if any(cell.fresh for cell in summary.all_cells):
         said.append(
             "Where an arm was searched, its numbers come from the best point of each batch size, trained again with seeds "
             "that the search had not used. The search itself is shown apart: its best result was chosen for being the best, "
             "so it flatters. A trial that was given up is censored at its last step; exact pruning changes no minimum."
         )
-    if summary.searched and not all(fresh):
+    if summary.searched and not all(cell.unbiased for cell in summary.all_cells):
         said.append(
             "Where the grid varied more than the batch size, each arm and batch size is shown at its best setting: the lowest "
             "median steps to target, then the best final metric. It was chosen on these same seeds, so it flatters; more so "

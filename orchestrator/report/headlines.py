@@ -68,7 +68,8 @@ def _scaling(summary: Summary, arm: str, cells: list[Cell]) -> str:
     sentence = f"{arm} reaches {goal(summary.target)} in {count(first.steps.median)} steps at batch {first.batch}"
     if last is not first:
         sentence += f" and in {count(last.steps.median)} at batch {last.batch}"
-        sentence += f" ({_gain(first, last)}; {_over_seeds([first.steps, last.steps])}); {_useful(reached)}"
+        useful = _useful(cells[cells.index(first) :])
+        sentence += f" ({_gain(first, last)}; {_over_seeds([first.steps, last.steps])}); {useful}"
     else:
         sentence += f" ({_over_seeds([first.steps])})"
     return f"{sentence}{_best_of(cells)}.{_critical(summary, arm)}{_misses(summary, arm, cells)}"
@@ -101,9 +102,10 @@ def _over_seeds(estimates: Sequence[Estimate], text: Callable[[float], str] = co
     return f"median{many} of {joined([str(n) for n in numbers])} seeds, {kinds[0]}{many} {spans}"
 
 
-def _useful(reached: list[Cell]) -> str:
-    batches = [cell.batch for cell in reached]
-    useful = useful_batch(batches, [cell.steps.median for cell in reached])
+def _useful(cells: list[Cell]) -> str:
+    """From the first batch size that reached the target on; one that missed it ends the range as any failure does."""
+    batches = [cell.batch for cell in cells]
+    useful = useful_batch(batches, [cell.steps.median for cell in cells])
     share = f"{EXCESS:.0%}".replace("%", " %")
     if useful == batches[0]:
         return f"steps exceed perfect scaling by more than {share} already at batch {batches[1]}"
@@ -128,7 +130,7 @@ def _best_of(cells: list[Cell]) -> str:
     if most == 1:
         return ""
     number = most if most == least else f"{least} to {most}"
-    if all(cell.fresh for cell in cells):
+    if all(cell.unbiased for cell in cells):
         return f"; best of {number} searched points at each batch size, run again with fresh seeds"
     return f"; best of {number} settings at each batch size"
 

@@ -162,15 +162,15 @@ def _budgets(summary: Summary) -> Content:
 
 
 def _spent(summary: Summary, cell: Cell) -> list[Result]:
-    """The trials that chose the cell's setting: of its search, or all of its grid where there was a choice."""
+    """The trials that chose the cell's setting: of its search, or all where those reported had a choice themselves."""
     if cell.settings == 1 and not cell.fresh:
         return []
     here = [r for r in summary.study.results if (r.arm, r.batch) == (cell.arm, cell.batch)]
-    return [r for r in here if r.tuning] if cell.fresh else here
+    return [r for r in here if r.tuning] if cell.unbiased else here
 
 
 def _budget_row(cell: Cell, spent: Sequence[Result]) -> dict[str, Any]:
-    chosen = "other seeds" if cell.fresh else "the same seeds" if spent else "nothing: one setting"
+    chosen = "other seeds" if cell.unbiased else "the same seeds" if spent else "nothing: one setting"
     row: dict[str, Any] = {"arm": cell.arm, "batch": cell.batch, "settings tried": cell.settings}
     row |= {"trials to choose": len(spent), "steps to choose": sum(t.steps or 0 for t in spent)}
     row |= {"examples to choose": sum(t.examples or 0 for t in spent)}

@@ -55,11 +55,17 @@ class Cell:
     trials: tuple[Result, ...]  # at least one, none of them failed
     metric: str | None
     settings: int = 1  # of the other grid values, or of a search, this being the best
+    chosen_here: int = 1  # settings among which these very seeds chose: of a grid all, of searches one winner each
 
     @property
     def fresh(self) -> bool:
-        """Whether its setting was found with other seeds than these."""
+        """Whether a search found its setting, with other seeds than these."""
         return self.trials[0].role == "winner"
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether other seeds alone chose its setting: of several searches, these seeds chose among the winners."""
+        return self.fresh and self.chosen_here == 1
 
     @property
     def hits(self) -> int:
@@ -174,5 +180,5 @@ def _best(results: Sequence[Result], metric: str | None) -> Cell:
     groups: dict[str, list[Result]] = {}
     for result in results:
         groups.setdefault(as_text(other_values(result)), []).append(result)
-    cells = [Cell(g[0].arm, g[0].batch, tuple(g), metric, len(groups)) for g in groups.values()]
+    cells = [Cell(g[0].arm, g[0].batch, tuple(g), metric, len(groups), len(groups)) for g in groups.values()]
     return min(cells, key=lambda cell: cell.rank)

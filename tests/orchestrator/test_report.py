@@ -322,6 +322,30 @@ def test_the_best_setting_is_chosen_and_named(tmp_path):
     assert "rate.peak 0.1" in text and "rate.peak 0.2" in text and "so it flatters" in text
 
 
+def test_the_best_of_several_searches_was_chosen_on_the_seeds_reported(tmp_path):
+    """A second axis of the grid: each of its values has a search and a winner, and these are compared on fresh seeds."""
+    made = MadeStudy(tmp_path / "s")
+    for momentum in (0.8, 0.9):
+        for rate in (0.1, 0.2):
+            point = {"base.batch": 32, "base.optimizer.sgd.momentum": momentum, "base.rate.peak": rate}
+            made.add("sgd", 32, 0, 100 / rate, point=point, role="tuning")
+        for seed in (1, 2):
+            made.add("sgd", 32, seed, 300 * momentum, point=point, role="winner")
+    (headline,) = build(made.path)
+    assert "best of 4 settings at each batch size" in headline and "fresh seeds" not in headline
+    text = (made.path / "report.md").read_text()
+    assert "trained again with seeds" in text and "It was chosen on these same seeds, so it flatters" in text
+
+
+def test_scaling_ends_at_a_batch_size_that_missed(tmp_path):
+    made = MadeStudy(tmp_path / "s")
+    for seed in range(3):
+        for batch, steps in ((32, 320), (128, math.inf), (512, 20)):
+            made.add("sgd", batch, seed, steps)
+    (headline,) = build(made.path)
+    assert "steps exceed perfect scaling by more than 20 % already at batch 128" in headline
+
+
 def test_times_of_reused_trials_are_left_out(tmp_path):
     made = MadeStudy(tmp_path / "s")
     made.add("sgd", 32, 0, 100, reused=True)

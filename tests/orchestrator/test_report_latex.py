@@ -173,6 +173,11 @@ def test_tuning_budgets_of_searches_and_grids(tmp_path: Path) -> None:
         made.add("crossed", 32, 0, 100 / rate, point=point, steps=500, examples=16000)
     for seed in (1, 2):
         made.add("searched", 32, seed, 260, point={"base.batch": 32, "base.rate.peak": 0.4}, role="winner")
+        for momentum in (0.8, 0.9):  # a search for each, and one of their winners reported
+            point = {"base.batch": 32, "base.optimizer.sgd.momentum": momentum, "base.rate.peak": seed / 10}
+            made.add("both", 32, 0, 300, point=point, role="tuning", steps=500, examples=16000)
+            best = point | {"base.rate.peak": 0.1}
+            made.add("both", 32, seed, 260, point=best, role="winner", steps=500, examples=16000)
     made.add("plain", 32, 0, 300)
     found = {row.pop("Arm"): row for row in contents(tables(tmp_path)["tuning_budgets"])}
     names = (
@@ -186,6 +191,7 @@ def test_tuning_budgets_of_searches_and_grids(tmp_path: Path) -> None:
     assert {arm: [row[name] for name in names] for arm, row in found.items()} == {
         "searched": ["3", "3", "1500", "48000", "other seeds", "2"],
         "crossed": ["3", "3", "1500", "48000", "the same seeds", "1"],
+        "both": ["4", "8", "4000", "128000", "the same seeds", "2"],
         "plain": ["1", "0", "0", "0", "nothing: one setting", "1"],
     }
 
