@@ -93,6 +93,7 @@ class Driver:
     def __init__(self, study: Study, fail_fast: bool = False):
         self.study, self.store, self.fail_fast = study, study.store, fail_fast
         self.waiting = deque(Run(trial) for trial in study.left())
+        self.skipped: list[Run] = []  # by --fail-fast: left for another run
         self.busy: dict[str, tuple[Gang, Run]] = {}
         self.idle: list[Gang] = []
         self.policy = FailurePolicy(study.recipe.cluster.max_failures)
@@ -227,8 +228,8 @@ class Driver:
         """A trial that a search has come to call for; it may be on file from an earlier form of the recipe."""
         if self.study.done(trial):
             self.counts[self.store.result(trial.id)["status"]] += 1  # type: ignore[index]
-        elif not (self.fail_fast and self.counts["failed"]):
-            self.waiting.append(Run(trial))
+        else:
+            (self.skipped if self.fail_fast and self.counts["failed"] else self.waiting).append(Run(trial))
 
     def _lost(self, run: Run, outcome: Failed | Lost) -> None:
         reason = outcome.reason if isinstance(outcome, Lost) else f"{outcome.kind}: {outcome.message}"
@@ -244,6 +245,7 @@ class Driver:
         self._commit(run, failure(run.trial, cause))
         print(f"  trial {run.trial.id}; log: {log}", file=sys.stderr)
         if self.fail_fast:
+            self.skipped += self.waiting
             self.waiting.clear()
 
     # ----------------------------------------------------------------------------------------------- status and end
@@ -259,7 +261,8 @@ class Driver:
 
     def status(self) -> dict[str, Any]:
         total = size(self.study.recipe)
-        left = len(self.waiting) + total - len(self.study.trials)  # with those that a search has yet to call for
+        uncalled = total - len(self.study.trials)  # that a search has yet to call for
+        left = len(self.waiting) + len(self.skipped) + uncalled
         trials = {"total": total, "running": len(self.busy), "left": left, **self.counts}
         return {
             "study": self.study.recipe.study,
@@ -336,10 +339,12 @@ class Driver:
         print(self.store.directory / "report.html")
 
     def _nothing_to_do(self) -> int:
-        """Every trial is done: no worker is started, and a report that is there stands."""
+        """Every trial is done: no worker is started, and a report of these results and this recipe stands."""
         print(f"all {len(self.study.trials)} trials are done", file=sys.stderr)
         report = self.store.directory / "report.html"
-        newest = max(self.store.trial(t.id).joinpath("result.json").stat().st_mtime for t in self.study.trials)
+        results = [self.store.trial(trial.id) / "result.json" for trial in self.study.trials]
+        recipe = [self.store.directory / name for name in ("recipe.yaml", "resolved.yaml")]
+        newest = max(path.stat().st_mtime for path in results + recipe)
         headlines = self.store.status().get("headlines")
         if headlines and report.exists() and report.stat().st_mtime >= newest:
             self._tell(headlines)

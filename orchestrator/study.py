@@ -120,8 +120,8 @@ class Study:
         """The recipe as written and as understood, without secrets, and where it runs."""
         folder = self.store.directory
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "recipe.yaml", redact_text(self.source))
-        write_atomic(folder / "resolved.yaml", dump(redact(resolved(self.recipe))))
+        _keep_current(folder / "recipe.yaml", redact_text(self.source))
+        _keep_current(folder / "resolved.yaml", dump(redact(resolved(self.recipe))))
         self._list_trials()
         write_json(folder / "env.json", describe())
 
@@ -143,6 +143,12 @@ class Study:
         new |= labels(trial)
         if new != result:
             self.store.commit(new)
+
+
+def _keep_current(path: Path, text: str) -> None:
+    """Written only where it differs: a report older than the recipe is built anew."""
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_atomic(path, text)
 
 
 def _read_resolved(path: Path) -> dict[str, Any]:

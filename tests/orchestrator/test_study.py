@@ -17,9 +17,10 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.cli import app
-from orchestrator.driver import drive
+from orchestrator.driver import Driver, drive
 from orchestrator.files import Damaged
 from orchestrator.recipe import load
+from orchestrator.report.load import load as load_study
 from orchestrator.store import Busy, Store
 from orchestrator.study import Changed, Study, differences
 
@@ -319,6 +320,36 @@ def test_fail_fast(runs: Path) -> None:
     path.write_text(text)
     assert drive(Study(load(path, allow_code=True), text, runs), fail_fast=True) == 3
     assert len(Store(runs / "small").results()) == 1
+    trials = Store(runs / "small").status()["trials"]
+    assert trials["failed"] == 1 and trials["left"] == trials["total"] - 1 == 7
+
+
+def test_what_a_search_calls_for_after_a_failure_is_left_too(runs: Path) -> None:
+    driver = Driver(study(runs), fail_fast=True)
+    driver.counts["failed"] = 1
+    before = driver.status()["trials"]
+    driver._take(driver.waiting.pop().trial)
+    assert len(driver.waiting) == 7 and driver.status()["trials"] == before
+
+
+def test_a_reason_given_later_is_told_by_one_new_report(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[tuple[str, ...]] = []
+
+    def build(directory: Path, trials: list[str]) -> list[str]:
+        (directory / "report.html").touch()
+        built.append(load_study(directory, trials).cautions)
+        return list(built[-1])
+
+    monkeypatch.setattr("orchestrator.report.build", build)
+    text = RECIPE.replace("smooth: {strategies: [label_smoothing: {amount: 0.1}]}", "lars: {strategies: [lars]}")
+    text = text.replace("[128, 512]", "[512]").replace("seeds: 2", "seeds: 1").replace("epochs: 2", "epochs: 1")
+    assert drive(study(runs, text=text)) == 0
+    assert len(built) == 1 and "W-UNFAIR" in built[0][0]
+    reasoned = text + 'unfair: "one arm is all there is"\n'
+    for _ in range(2):
+        assert drive(study(runs, text=reasoned)) == 0
+    assert len(built) == 2 and built[1] == ("Tuned unequally by intent: one arm is all there is",)
+    assert len(trained(runs)) == 2
 
 
 @pytest.mark.usefixtures("no_report")
