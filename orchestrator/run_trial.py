@@ -77,6 +77,7 @@ def _run(worker: Worker, assignment: Assignment) -> dict[str, Any]:
         "reused": not timed,
         "phases": {"trained": progress.phase + 1 - progress.reused_phases, "reused": progress.reused_phases},
         "workers": worker.size,
+        "roles": worker.roles,
         "threads": trial.cluster.threads,
         "precision": trial.precision,
         "device": _device_name(worker),

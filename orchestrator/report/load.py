@@ -59,6 +59,7 @@ class Result(BaseModel):
     seconds: Metrics = {}
     examples_per_second: float | None = None
     workers: int | None = None
+    roles: int = 1  # parts of the network, each on workers of its own
     threads: int | None = None
     micro_batch: int | None = None
     precision: Text | None = None

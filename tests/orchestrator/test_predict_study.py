@@ -137,6 +137,12 @@ def test_reused_trials_and_schedules_of_batch_sizes_have_no_step_time(tmp_path):
         known(others)
 
 
+def test_modules_on_workers_of_their_own_are_not_predicted(tmp_path):
+    """Each worker has one module of the network, and the examples of its replica."""
+    with pytest.raises(Damaged, match="arm 'sgd' has modules on workers of their own"):
+        known(study(tmp_path / "modules", workers=2, roles=2))
+
+
 @pytest.mark.parametrize(("name", "value"), [("device", "NVIDIA H200"), ("parameters", 7), ("precision", "bf16")])
 def test_studies_of_different_kinds_are_not_mixed(tmp_path, name, value):
     one, other = study(tmp_path / "one"), study(tmp_path / "other", **{name: value})

@@ -52,5 +52,6 @@ def test_a_lost_role_is_made_again(method: str, tmp_path: Path) -> None:
     assert len(broken.events("worker_lost")) == 1
     assert [e["attempt"] for e in broken.events("trial_started")] == [1, 2]
     assert broken.rows()[: len(kept)] == kept != []  # with their times: they were not made again
+    assert all(result["roles"] == 2 for result in broken.results().values())
     assert broken.weights() == unbroken.weights() != {}
     assert untimed(broken.rows()) == untimed(unbroken.rows())

@@ -44,6 +44,7 @@ def test_the_result_tells_what_a_reader_needs(tmp_path: Path) -> None:
     worker = make_worker("solo", {}, "fp32", 0, 1, torch.device("cpu"))
     result = run_trial(worker, Assignment(trial, tmp_path / trial.id, tmp_path / "phases"))
     assert result["steps"] == 12 and result["examples"] == 12 * 128 and result["micro_batch"] == 128
+    assert (result["workers"], result["roles"]) == (1, 1)
     (file,) = tmp_path.glob("phases/*/weights.safetensors")
     learnt = [v for name, v in load_file(file).items() if "running" not in name and v.ndim]
     assert result["parameters"] == sum(v.numel() for v in learnt)
