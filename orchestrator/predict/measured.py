@@ -79,7 +79,9 @@ def measured(found: Sequence[Summary], arm: str) -> Measured:
     if not timed:
         raise Damaged(f"{where}: no trial of arm {arm!r} has a step time of its own")
     if any(result.roles > 1 for _, result in timed):
-        raise Damaged(f"{where}: arm {arm!r} has modules on workers of their own, of whose step times there is no model")
+        raise Damaged(
+            f"{where}: arm {arm!r} has modules on workers of their own, of whose step times there is no model"
+        )
     for name in ("parameters", "device", "precision", "threads"):
         _same(where, arm, name, {repr(getattr(result, name)) for _, result in timed})
     _same(where, arm, "workload", {_workload(study, result) for study, result in timed})
