@@ -106,6 +106,15 @@ def test_a_verdict_falls_with_its_grounds() -> None:
     assert not prune.stands(Prune.model_validate({"median": {"startup": 4}}), kept, [])
 
 
+def test_a_verdict_of_a_heuristic_stands_whatever_becomes_of_its_grounds() -> None:
+    given_up = result(curve([1, 1]), "pruned")
+    asha = Prune.model_validate({"asha": {"grace": 1, "factor": 2}})
+    kept = given_up | {"pruned_by": prune.terms(asha, given_up)}
+    assert prune.stands(asha, kept, []) and not prune.stands(EXACT, given_up, [])
+    assert not prune.stands(Prune.model_validate({"asha": {"grace": 1, "factor": 3}}), kept, [])
+    assert not prune.stands(asha, kept | {"target": given_up["target"] | {"metric": "test_accuracy"}}, [])
+
+
 def test_asha_lets_one_in_so_many_go_on() -> None:
     rule = Prune.model_validate({"asha": {"grace": 1, "factor": 2}})
     level = [curve([v] * 12) for v in (0.9, 0.8, 0.7, 0.6)]
