@@ -137,4 +137,5 @@ def grown(inputs: tuple[int, ...], classes: int, stages: tuple[ModelSpec, ...], 
     for small, large in pairwise(nets):
         for name, growth in grow.growths(small.state_dict(), large).items():
             net.rate_factors[name] = net.rate_factors.get(name, 1.0) * growth.rate
+            net.gradient_factors[name] = net.gradient_factors.get(name, 1.0) * growth.gradient
     return net

@@ -21,6 +21,7 @@ class Net(nn.Module):
         self.pool = pool or nn.Identity()
         self.head = head or nn.Identity()
         self.rate_factors: dict[str, float] = {}  # of learning rates, by parameter; else 1
+        self.gradient_factors: dict[str, float] = {}  # of sizes of gradients, by parameter; else 1
 
     def forward(self, x: Tensor) -> Tensor:
         for stage in self.stages:

@@ -12,19 +12,25 @@ if TYPE_CHECKING:
     from strategies.net import Net
 
 
-def groups(net: Net, weight_decay: float) -> list[dict[str, Any]]:
+def groups(net: Net, weight_decay: float, adaptive: bool = False) -> list[dict[str, Any]]:
     """Parameter groups: decayed (2 dimensions and more), not decayed (Goyal et al. 2017, section 5.1).
 
-    Each is divided further by the net's `rate_factors`.
+    Each is divided further by the net's `rate_factors`. An `adaptive` optimizer divides gradients by their size, so the rate
+    has to follow the net's `gradient_factors`; its decay is times the rate, whose factors it must not feel.
     """
     alike: dict[tuple[bool, float], list[Tensor]] = {}
     for name, p in net.named_parameters():
         if p.requires_grad:
-            alike.setdefault((p.ndim < 2, net.rate_factors.get(name, 1.0)), []).append(p)
+            factor = net.rate_factors.get(name, 1.0) * (net.gradient_factors.get(name, 1.0) if adaptive else 1.0)
+            alike.setdefault((p.ndim < 2, factor), []).append(p)
     return [
-        {"params": parameters, "weight_decay": 0.0 if plain else weight_decay, "rate_factor": factor}
+        {"params": parameters, "weight_decay": _decay(weight_decay, plain, adaptive, factor), "rate_factor": factor}
         for (plain, factor), parameters in sorted(alike.items(), key=lambda item: item[0])
     ] or [{"params": []}]
+
+
+def _decay(weight_decay: float, plain: bool, adaptive: bool, factor: float) -> float:
+    return 0.0 if plain else weight_decay / (factor if adaptive else 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,9 @@ class AdamW:
         from torch.optim import AdamW
 
         betas = (self.beta1, self.beta2)
-        return aligned(AdamW(groups(net, self.weight_decay), lr=0.0, betas=betas, eps=self.eps, fused=True))
+        return aligned(
+            AdamW(groups(net, self.weight_decay, adaptive=True), lr=0.0, betas=betas, eps=self.eps, fused=True)
+        )
 
 
 def aligned(optimizer: Optimizer) -> Optimizer:

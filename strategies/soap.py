@@ -47,7 +47,7 @@ class SoapAndAdamW:
         from strategies.parts.soap_optimizer import SoapMatrices
 
         base, o = self.base, self.options
-        matrices = [group for group in groups(net, base.weight_decay) if group["params"][0].ndim >= 2]
+        matrices = [group for group in groups(net, base.weight_decay, adaptive=True) if group["params"][0].ndim >= 2]
         if not matrices:
             raise PlanError("soap turns weight matrices, but the network has none: use another method")
         soap = SoapMatrices(matrices, (base.beta1, base.beta2), base.eps, o.beta, o.every, o.largest)

@@ -3,7 +3,8 @@
 A kernel of a x a taps that becomes one of b x b is interpolated between tap centres, and multiplied by an amplitude c. With
 c = (a / b)^2 the response to an image enlarged b / a times is the old response, enlarged. In front of a norm the scale of
 the weights is free, and c = a / b keeps their size. Gradients are cotangents: they become (a / b)^2 / c times the
-interpolated ones. The rate that takes the same steps is c^2 (b / a)^2 times the old one.
+interpolated ones. The rate that takes the same steps is c^2 (b / a)^2 times the old one; of optimizers that divide gradients
+by their size, c times.
 """
 
 from __future__ import annotations
@@ -202,8 +203,8 @@ def _part(
 
 
 def _group(mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """What the old group has counted, with the new group's parameters and rate."""
-    return theirs | {key: mine[key] for key in ("params", "rate_factor") if key in mine}
+    """What the old group has counted, with the new group's parameters, rate and decay."""
+    return theirs | {key: mine[key] for key in ("params", "rate_factor", "weight_decay") if key in mine}
 
 
 def _moments(kept: dict[str, Any], growth: Growth | None) -> dict[str, Any]:
