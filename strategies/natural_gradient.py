@@ -138,10 +138,8 @@ class TiedMomentum:
 
     def _tie(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
-            rate, last = (
-                group["lr"] / group.get("rate_factor", 1.0),
-                group["last_rate"],
-            )  # the schedule's, as layers grow
+            rate = group["lr"] / group.get("rate_factor", 1.0)  # the schedule's: factors change where kernels grow
+            last = group["last_rate"]
             group["highest_rate"] = highest = max(group["highest_rate"], rate)
             group["momentum"] = self.sgd.momentum * (rate if last is None else last) / (highest or 1.0)
             group["last_rate"] = rate
