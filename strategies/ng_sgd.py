@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class NgSgd(Strategy):
-    rank_in: int = option(20, "components of an input factor, at most half of its columns; 0: no factor", ge=0)
+    rank_in: int = option(
+        20,
+        "components of an input factor, at most half of its columns; 0: no factor. Rows of a convolution's gradient, which "
+        "it has without patch_affine, have rank_out at least",
+        ge=0,
+    )
     rank_out: int = option(80, "components of an output factor, at most half of its columns; 0: no factor", ge=0)
     alpha: float = option(4.0, "multiples of the mean eigenvalue that are added to a factor", gt=0)
     history_samples: int = option(2000, "examples that a factor remembers: a batch of N enters by 1 - exp(-N/it)", ge=1)

@@ -75,8 +75,13 @@ class Preconditioner:
         for layer in self.layers:
             weight = layer.weight.detach()
             out, width = layer.join([p.detach() for p in layer.parameters]).shape[1:]
-            yield side_of(layer, "in"), _fields(start(width, self.options.rank_in, weight), 0)
+            yield side_of(layer, "in"), _fields(start(width, self._rank_in(layer), weight), 0)
             yield side_of(layer, "out"), _fields(start(out, self.options.rank_out, weight), 0)
+
+    def _rank_in(self, layer: Affine) -> int:
+        """Rows of a gradient have no less than its columns, as in Kaldi: they are few, and cost little."""
+        rank_in, rank_out = self.options.rank_in, self.options.rank_out
+        return rank_in if has_rows(layer) or not rank_in else max(rank_in, rank_out)
 
     # ------------------------------------------------------------------------------------------------------- rows
 

@@ -23,6 +23,7 @@ from strategies.ng_sgd import NgSgd
 from strategies.optimizers import Sgd
 from strategies.parts.max_change import MaxChange
 from strategies.parts.online_fisher import Factor, Sums, start
+from strategies.parts.patch_layer import PatchAffine
 from strategies.rate import Rate
 from tests.strategies.cases import convolved_net, normalised_net
 from tests.strategies.harness import CLASSES, IMAGES, WIDTH, Blobs, baseline, distance, tiny_net, train
@@ -109,7 +110,7 @@ def test_a_convolution_goes_by_the_rows_and_columns_of_its_gradient() -> None:
     conv = net.stages[1][0]  # type: ignore[index]
     weight, bias = torch.autograd.grad(cross_entropy(net(batch.x), batch.y), [conv.weight, conv.bias])
     gradient = torch.cat([weight.permute(0, 2, 3, 1).flatten(1), bias[:, None]], 1)
-    columns = begun(12 * gradient, 20, 1 / 4).reduce(gradient, ALPHA).T  # of the norm that they have by now
+    columns = begun(12 * gradient, 80, 1 / 4).reduce(gradient, ALPHA).T  # of the norm that they have by now
     wanted = dense(columns, begun(12 * columns, 80, 1 / 4)).T * gradient.norm() / columns.norm()
     (step,) = moved(net, {}, [batch])
     found = torch.cat([step["stages.1.0.weight"].permute(0, 2, 3, 1).flatten(1), step["stages.1.0.bias"][:, None]], 1)
@@ -166,6 +167,25 @@ def test_a_frozen_layer_is_left_out() -> None:
 def test_every_option_acts(options: dict[str, Any], tmp_path: Path) -> None:
     usual = train(NgSgd().edit(baseline(epochs=4)), tmp_path / "usual")
     assert distance(train(NgSgd(**options).edit(baseline(epochs=4)), tmp_path / "other"), usual) > 1e-7
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "wanted"),
+    [
+        (nn.Linear(63, 200), {}, (20, 80)),
+        (nn.Conv2d(7, 200, 3), {}, (32, 80)),
+        (nn.Conv2d(64, 200, 3), {}, (80, 80)),
+        (nn.Conv2d(64, 200, 3), {"rank_in": 0}, (0, 80)),
+        (nn.Conv2d(64, 200, 3), {"rank_in": 90}, (90, 80)),
+        (PatchAffine(64, 200, 3), {}, (20, 80)),
+    ],
+    ids=str,
+)
+def test_ranks(layer: nn.Module, options: dict[str, Any], wanted: tuple[int, int]) -> None:
+    """Kaldi's: 20 components of inputs and 80 of output gradients; 80 of the rows and columns of a convolution's gradient."""
+    own = learner(options)
+    factors = next(u.saved["factors"] for u in own.init(Net([layer]), SOLO).saved["updates"] if "factors" in u.saved)
+    assert tuple(len(factors[f"stages.0.{end}"]["q"]) for end in ("in", "out")) == wanted
 
 
 def test_factors_are_updated_at_ten_steps_and_then_in_periods() -> None:
