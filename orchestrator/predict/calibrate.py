@@ -1,10 +1,14 @@
-"""The model of a step's time, fitted to what studies measured: local batch sizes, accumulation, numbers of workers."""
+"""The model of a step's time, fitted to what studies measured: local batch sizes, accumulation, numbers of workers.
+
+Only trials on 1 worker show computing without traffic. Without them the steps measured count as computing, traffic and all:
+that tells the time of a step on as many workers and their network, and nothing of any other.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import least_squares, nnls
@@ -17,6 +21,9 @@ from orchestrator.predict.step_time import Compute, bucket_sizes, step_seconds
 
 DRAWS = 200
 ASSUMED_SCATTER = 0.05  # of step times on a log scale, where two points without repetition show none
+NOT_APART = "no trial ran on 1 worker, so computing and traffic cannot be told apart"
+FREE = Link.model_construct(latency=0.0, bandwidth=math.inf)  # past the limits of hardware files
+INCLUDED = PRESETS[OWN].model_copy(update={"network": FREE})  # of steps that count as computing, traffic and all
 FEWEST_FOR_SLOWDOWN = 3  # local batch sizes with traffic: bandwidth takes one, a slope of the slow-down two
 
 
@@ -31,8 +38,22 @@ class Calibration:
     backtest: float | None  # 90th percentile of |ln(predicted / measured)|: more workers, from a fit to the fewest
 
     @property
+    def workers(self) -> set[int]:
+        """Numbers of them that were measured."""
+        return {cell.load.workers for cell in self.measured.cells}
+
+    @property
     def most_workers(self) -> int:
-        return max(cell.load.workers for cell in self.measured.cells)
+        return max(self.workers)
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether computing is known without traffic."""
+        return _told_apart(self.measured.cells)
+
+    def covers(self, workers: Iterable[int], own: bool) -> bool:
+        """Whether the time of a step can be told on each of these numbers of workers, over the studies' own network or not."""
+        return self.told_apart or (own and self.workers.issuperset(workers))
 
 
 def calibrate(measured: Measured) -> Calibration:
@@ -42,19 +63,29 @@ def calibrate(measured: Measured) -> Calibration:
         raise Damaged(f"{measured.where}: step times of one local batch size; two or more tell how they grow with it")
     fitted = _identified(cells, measured.gradient)
     theta, jacobian = _fit(cells, measured.gradient, fitted)
-    compute, own = _model(fitted, theta)
+    compute, own = _model(cells, fitted, theta)
     scatter = _scatter(cells, compute, own, measured.gradient, len(theta))
     noise = np.random.default_rng(0).standard_normal((DRAWS, len(cells))) * scatter
     drawn = np.maximum(theta + noise @ np.linalg.pinv(jacobian).T, 0.0)  # one step of Gauss and Newton per draw
-    draws = [_model(fitted, one) for one in drawn]
+    draws = [(c, net) for c, net in (_model(cells, fitted, one) for one in drawn) if c.per_step + c.one_pass(1) > 0]
+    if not (_told_apart(cells) or "per_step" in fitted):
+        draws[1::2] = [(_once(c, cells), net) for c, net in draws[1::2]]
     return Calibration(measured, compute, own, fitted, scatter, draws, _backtest(measured))
+
+
+def _told_apart(cells: Sequence[Cell]) -> bool:
+    return any(cell.load.workers == 1 for cell in cells)
+
+
+def _once(compute: Compute, cells: Sequence[Cell]) -> Compute:
+    """The same step where what does not grow with the micro-batch, which may be traffic, comes once however many the passes."""
+    return replace(compute, per_pass=0.0, per_step=max(cell.load.passes for cell in cells) * compute.per_pass)
 
 
 def _identified(cells: Sequence[Cell], gradient: int) -> tuple[str, ...]:
     """The parameters that differences between the cells determine. The others keep what they are assumed to be."""
-    alone, together = ([c for c in cells if (c.load.workers > 1) == many] for many in (False, True))
-    locals_ = {c.load.local_batch for c in together}
-    network = bool(alone and together)
+    locals_ = {c.load.local_batch for c in cells if c.load.workers > 1}
+    network = _told_apart(cells) and bool(locals_)
     tests = {
         "per_pass": True,
         "per_example": True,
@@ -65,9 +96,9 @@ def _identified(cells: Sequence[Cell], gradient: int) -> tuple[str, ...]:
     return tuple(name for name, holds in tests.items() if holds)
 
 
-def _model(fitted: Sequence[str], theta: Array) -> tuple[Compute, Hardware]:
+def _model(cells: Sequence[Cell], fitted: Sequence[str], theta: Array) -> tuple[Compute, Hardware]:
     values = dict(zip(fitted, theta.tolist(), strict=True))
-    per_byte, own = values.pop("seconds_per_byte", None), PRESETS[OWN]
+    per_byte, own = values.pop("seconds_per_byte", None), PRESETS[OWN] if _told_apart(cells) else INCLUDED
     if per_byte is not None:
         link = Link(latency=own.network.latency, bandwidth=1 / max(per_byte, 1e-15))
         own = own.model_copy(update={"network": link})
@@ -91,7 +122,7 @@ def _fit(cells: Sequence[Cell], gradient: int, fitted: Sequence[str]) -> tuple[A
     start[:2] = np.maximum(first / scales[:2], 1e-3)
 
     def residuals(x: Array) -> Array:
-        return np.log(_predicted(cells, *_model(fitted, x * scales), gradient)) - target
+        return np.log(_predicted(cells, *_model(cells, fitted, x * scales), gradient)) - target
 
     found = least_squares(residuals, start, bounds=(0, np.inf), xtol=1e-12, ftol=1e-12, gtol=1e-12)
     return found.x * scales, found.jac / scales
@@ -116,6 +147,6 @@ def _backtest(measured: Measured) -> float | None:
     if not others or len({cell.load.micro_batch for cell in known}) < 2:
         return None
     fitted = _identified(known, measured.gradient)
-    compute, own = _model(fitted, _fit(known, measured.gradient, fitted)[0])
+    compute, own = _model(known, fitted, _fit(known, measured.gradient, fitted)[0])
     ratio = _predicted(others, compute, own, measured.gradient) / [cell.seconds for cell in others]
     return float(np.quantile(np.abs(np.log(ratio)), 0.9))

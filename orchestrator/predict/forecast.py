@@ -11,8 +11,8 @@ import numpy as np
 from orchestrator.batch_law.backtest import REFUSED_BEYOND
 from orchestrator.batch_law.censored import Array
 from orchestrator.files import Damaged
-from orchestrator.predict.calibrate import DRAWS, Calibration
-from orchestrator.predict.hardware import Hardware
+from orchestrator.predict.calibrate import DRAWS, NOT_APART, Calibration
+from orchestrator.predict.hardware import OWN, Hardware
 from orchestrator.predict.step_time import Compute, Load, step_seconds
 from orchestrator.predict.steps import TAILS, Steps
 from orchestrator.predict.uncertainty import law_error, scale_error
@@ -38,7 +38,7 @@ class Row:
     step_seconds: Range
     seconds: Range  # to target
     statistical: float  # examples to target at the smallest batch size measured, over those here
-    hardware: float  # throughput of a worker over that of one alone at the same local batch
+    hardware: float | None  # throughput of a worker over that of one alone at the same local batch, if that is known
     uncalibrated: bool  # more workers than were measured on this network
 
     @property
@@ -46,9 +46,9 @@ class Row:
         return self.seconds.times(self.load.workers / 3600)
 
     @property
-    def speed_up(self) -> float:
+    def speed_up(self) -> float | None:
         """Over one worker at the same local batch, were it to need no more examples than the smallest batch size."""
-        return self.load.workers * self.statistical * self.hardware
+        return None if self.hardware is None else self.load.workers * self.statistical * self.hardware
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,15 @@ def forecast(
 ) -> Forecast:
     """A row per number of workers and batch size of at least that many examples. `hardware` None: the studies' own.
 
-    Raises Damaged beyond REFUSED_BEYOND times the largest batch size measured, unless `force`.
+    Raises Damaged beyond REFUSED_BEYOND times the largest batch size measured, unless `force`, and where the time of a step
+    cannot be told.
     """
+    if not calibration.covers(workers, own=hardware is None):
+        own = ",".join(map(str, sorted(calibration.workers)))
+        raise Damaged(
+            f"{calibration.measured.where}: arm {calibration.measured.arm}: {NOT_APART}: add a study on 1 worker, or ask for "
+            f"--workers {own} --hardware {OWN}"
+        )
     wanted = sorted(set(batches)) if batches else default_batches(steps.reached.tolist())
     largest = steps.reached[-1]
     if wanted[-1] > REFUSED_BEYOND * largest and not force:
@@ -144,7 +151,7 @@ class _Maker:
             step_seconds=_range(t, log_t, unknown),
             seconds=_range(s * t, log_s + log_t, structural + unknown),
             statistical=law.examples(reached[0]) / law.examples(batch),
-            hardware=alone / t,
+            hardware=alone / t if self.calibration.told_apart else None,
             uncalibrated=unknown > 0,
         )
 

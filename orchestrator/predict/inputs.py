@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from orchestrator.predict.calibrate import NOT_APART
 from orchestrator.predict.forecast import Forecast
-from orchestrator.predict.hardware import PRESETS
+from orchestrator.predict.hardware import PRESETS, Hardware
 from orchestrator.predict.step_time import BACKWARD, BUCKET, FIRST_BUCKET, MIB, bucket_sizes
 from orchestrator.predict.uncertainty import PER_FOURFOLD, UP
 from orchestrator.report.wording import figures3, joined, plural
@@ -48,12 +49,14 @@ def _step(forecast: Forecast) -> Iterator[Input]:
     measured, compute = calibration.measured, calibration.compute
     sizes = sorted({cell.load.micro_batch for cell in measured.cells})
     trials, workers = sum(len(c.trials) for c in measured.cells), sorted({c.load.workers for c in measured.cells})
+    traffic = "" if calibration.told_apart else ", traffic included"
+    by = joined([plural(n, "worker") for n in workers])
     few = "; two only: a line through two points, which nothing checks" if len(sizes) == 2 else ""
     yield Input("device", f"{measured.device}, {measured.precision}, the same at every number of workers", "measured")
     yield Input(
         "a pass over a micro-batch",
-        f"{_milli(compute.per_pass)} + {_milli(compute.per_example)} per example, scatter {100 * calibration.scatter:.1f} %; "
-        f"{plural(trials, 'trial')} on {joined([plural(n, 'worker') for n in workers])}, "
+        f"{_milli(compute.per_pass)} + {_milli(compute.per_example)} per example{traffic}, "
+        f"scatter {100 * calibration.scatter:.1f} %; {plural(trials, 'trial')} on {by}, "
         f"{len(sizes)} micro-batch sizes from {sizes[0]:g} to {sizes[-1]:g}{few}",
         "measured",
     )
@@ -65,7 +68,32 @@ def _step(forecast: Forecast) -> Iterator[Input]:
 
 def _network(forecast: Forecast) -> Iterator[Input]:
     hardware, calibration = forecast.hardware, forecast.calibration
-    source = "preset" if hardware.name in PRESETS and hardware == PRESETS[hardware.name] else "stated"
+    yield from _links(forecast) if calibration.told_apart else _included()
+    jitter = f"{100 * hardware.jitter:g} % of a worker's step, Gaussian"
+    yield Input("jitter", jitter, _source(hardware) if "jitter" in hardware.model_fields_set else "assumed")
+    if calibration.backtest is not None:
+        value = f"x{math.exp(calibration.backtest):.2f}, from the fewest workers to the others"
+        yield Input("error of the step time", value, "backtested on this study")
+    if any(row.uncalibrated for row in forecast.rows):
+        known = calibration.most_workers if forecast.on_own else 1
+        value = (
+            f"uncalibrated beyond {plural(known, 'worker')}: x{math.exp(PER_FOURFOLD):g} per fourfold number of them"
+        )
+        yield Input("error of scaling", value, "assumed")
+
+
+def _included() -> Iterator[Input]:
+    value = f"in the steps measured: {NOT_APART}; where passes are accumulated, between once a step and once a pass"
+    yield Input("traffic", value, "assumed")
+
+
+def _source(hardware: Hardware) -> str:
+    return "preset" if hardware.name in PRESETS and hardware == PRESETS[hardware.name] else "stated"
+
+
+def _links(forecast: Forecast) -> Iterator[Input]:
+    hardware, calibration = forecast.hardware, forecast.calibration
+    source = _source(hardware)
     fitted = forecast.on_own and "seconds_per_byte" in calibration.fitted
     link = hardware.network
     yield Input(f"{hardware.name}: latency", f"{link.latency * 1e6:g} us", "preset" if forecast.on_own else source)
@@ -78,20 +106,10 @@ def _network(forecast: Forecast) -> Iterator[Input]:
     yield Input("all-reduce", hardware.algorithm.replace("_", "-"), "preset" if forecast.on_own else source)
     if hardware.reduction:
         yield Input("reduction", f"{hardware.reduction:g} s per byte", source)
-    jitter = f"{100 * hardware.jitter:g} % of a worker's step, Gaussian"
-    yield Input("jitter", jitter, source if "jitter" in hardware.model_fields_set else "assumed")
-    if calibration.backtest is not None:
-        value = f"x{math.exp(calibration.backtest):.2f}, from the fewest workers to the others"
-        yield Input("error of the step time", value, "backtested on this study")
-    if any(row.uncalibrated for row in forecast.rows):
-        known = calibration.most_workers if forecast.on_own else 1
-        value = (
-            f"uncalibrated beyond {plural(known, 'worker')}: x{math.exp(PER_FOURFOLD):g} per fourfold number of them"
-        )
-        yield Input("error of scaling", value, "assumed")
 
 
-def _rest(forecast: Forecast) -> Iterator[Input]:
+def _overlap(forecast: Forecast) -> Iterator[Input]:
+    """Of traffic with computing."""
     measured, fitted = forecast.calibration.measured, forecast.calibration.fitted
     buckets = len(bucket_sizes(measured.gradient))
     yield Input(
@@ -103,6 +121,11 @@ def _rest(forecast: Forecast) -> Iterator[Input]:
     slow = "slowdown" in fitted
     value = f"{100 * forecast.calibration.compute.slowdown:.2g} %"
     yield Input("slow-down while gradients travel", value, "measured" if slow else "assumed")
+
+
+def _rest(forecast: Forecast) -> Iterator[Input]:
+    if forecast.calibration.told_apart:
+        yield from _overlap(forecast)
     price = forecast.hardware.price
     yield Input(
         "price of a worker's hour", "not stated" if price is None else f"{price:g}", "-" if price is None else "stated"

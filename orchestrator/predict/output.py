@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.files import printable
+from orchestrator.files import finite, printable
 from orchestrator.predict.forecast import Forecast, Range, Row
 from orchestrator.predict.inputs import inputs
 from orchestrator.report.wording import figures3
@@ -17,9 +17,9 @@ UNITS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"), (1e-3, "ms"))
 
 
 def as_data(forecast: Forecast) -> dict[str, Any]:
-    """Seconds, device-hours, and the price's currency; efficiencies and speed-up are ratios."""
+    """Seconds, device-hours, and the price's currency; efficiencies and speed-up are ratios. Null: not known, or no end."""
     rows, optima = list(forecast.rows), forecast.optima
-    return {
+    data: dict[str, Any] = {
         "arm": forecast.calibration.measured.arm,
         "hardware": forecast.hardware.model_dump(),
         "identified": forecast.steps.estimate.identified,
@@ -29,6 +29,7 @@ def as_data(forecast: Forecast) -> dict[str, Any]:
         "optima": {name.replace(" ", "_"): rows.index(row) for name, row in optima.items()},
         "inputs": [asdict(one) for one in inputs(forecast)],
     }
+    return finite(data)
 
 
 def _row_data(row: Row, price: float | None) -> dict[str, Any]:
@@ -73,8 +74,8 @@ def _cells(row: Row, price: float | None, mark: str) -> tuple[str, ...]:
         _time(row.seconds),
         _time(row.device_hours.times(3600)) if price is None else _range(row.device_hours.times(price), 1),
         f"{100 * row.statistical:.0f} %",
-        f"{100 * row.hardware:.0f} %",
-        f"{row.speed_up:.3g}",
+        "-" if row.hardware is None else f"{100 * row.hardware:.0f} %",
+        "-" if row.speed_up is None else f"{row.speed_up:.3g}",
         mark,
     )
 

@@ -11,7 +11,7 @@ from statistics import mode
 from orchestrator.batch_law.backtest import ENDS, REFUSED_BEYOND
 from orchestrator.batch_law.intervals import estimate
 from orchestrator.files import Damaged
-from orchestrator.predict.calibrate import Calibration, calibrate
+from orchestrator.predict.calibrate import NOT_APART, Calibration, calibrate
 from orchestrator.predict.forecast import NEAR_CHEAPEST, Forecast, Range, forecast, steps_ahead
 from orchestrator.predict.hardware import DEFAULT, PRESETS
 from orchestrator.predict.measured import measured
@@ -82,7 +82,8 @@ def workers_of(summary: Summary) -> int:
 @lru_cache(maxsize=1)
 def times_ahead(summary: Summary) -> dict[str, list[tuple[int, Range]]]:
     """By arm: batch size and seconds to target on as many workers as the study had, and their network."""
-    return {o.arm: [(r.batch, r.seconds) for r in _forecast(summary, o).rows] for o in _timed(summary)}
+    known = [o for o in _timed(summary) if o.calibration and o.calibration.covers([workers_of(summary)], own=True)]
+    return {o.arm: [(r.batch, r.seconds) for r in _forecast(summary, o).rows] for o in known}
 
 
 def _timed(summary: Summary) -> list[Outlook]:
@@ -122,7 +123,7 @@ def spreads(summary: Summary) -> dict[str, Forecast]:
     return {
         one.arm: forecast(one.steps, one.calibration, PRESETS[DEFAULT], WORKERS, None)
         for one in _timed(summary)
-        if one.calibration
+        if one.calibration and one.calibration.covers(WORKERS, own=False)
     }
 
 
@@ -181,9 +182,11 @@ def unsaid(summary: Summary) -> list[str]:
     if not (summary.target and summary.all_cells):
         return []
     lines = list(outlooks(summary).refusals)
+    if mixed := [one.arm for one in _timed(summary) if one.arm not in spreads(summary)]:
+        lines.append(f"No prediction of times on other workers or networks for {joined(mixed)}: {NOT_APART}.")
     if not offers(summary):
         lines.append(
-            "No front of time and cost: nothing is predicted, and what was measured ran on "
+            "No front of time and cost: none is predicted, and what was measured ran on "
             f"{plural(workers_of(summary), 'worker')}, so that cost follows time."
         )
     return lines

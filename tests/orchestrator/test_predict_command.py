@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from orchestrator.batch_law.law import Law
 from orchestrator.cli import app
-from orchestrator.predict.hardware import PRESETS, load
+from orchestrator.predict.hardware import PRESETS, Link, load
+from orchestrator.predict.step_time import step_seconds
 from orchestrator.recipe.problems import RecipeError
-from tests.orchestrator.predict_studies import LAW, study
+from tests.orchestrator.predict_studies import COMPUTE, LAW, NETWORK, PARAMETERS, step_of, study
 
 HARDWARE = """\
 name: cluster
@@ -103,6 +104,25 @@ def test_json(made, hardware):
         assert row["speed_up"] == pytest.approx(8 * row["statistical_efficiency"] * row["hardware_efficiency"])
     assert set(data["optima"]) == {"fastest", "cheapest", "fastest_within_1.2x_of_cheapest"}
     assert {one["source"] for one in data["inputs"]} >= {"measured", "stated", "assumed"}
+
+
+@pytest.mark.parametrize("bandwidth", [2e8, 2e9, 1e10])
+def test_trials_on_two_workers_alone_tell_of_two_workers_alone(tmp_path, bandwidth):
+    """Traffic that nothing tells from computing is in the step; accumulated, it comes once a step or once a pass."""
+    network = NETWORK.model_copy(update={"network": Link(latency=1e-4, bandwidth=bandwidth)})
+    path = study(tmp_path / "two", workers=2, seeds=1, network=network)
+    for words in (["1,8", "--batch", "512"], ["2"], ["1", "--hardware", "loopback"]):
+        code, out, err = predict(path, "--workers", *words)
+        assert (code, out, len(err.splitlines())) == (2, "", 1) and "add a study on 1 worker" in err
+    code, out, _ = predict(path, "--workers", "2", "--hardware", "loopback", "--json")
+    (data,) = json.loads(out, parse_constant=pytest.fail)
+    for row in data["rows"]:
+        actual = step_seconds(COMPUTE, network, 4 * PARAMETERS, step_of(2, row["batch"], 512))
+        assert row["step_seconds"]["low"] < actual < row["step_seconds"]["high"]
+        assert (row["hardware_efficiency"], row["speed_up"]) == (None, None)
+    told = {one["name"]: (one["source"], one["value"]) for one in data["inputs"]}
+    assert told["traffic"][0] == "assumed" and "no trial ran on 1 worker" in told["traffic"][1]
+    assert "traffic included" in told["a pass over a micro-batch"][1] and "loopback: bandwidth" not in told
 
 
 def test_the_same_command_gives_the_same_numbers(made):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,25 @@ def test_parameters_are_as_uncertain_as_their_draws_say(tmp_path):
         spread = np.std([getattr(one.compute, name) for one in found])
         drawn = np.mean([np.std([getattr(compute, name) for compute, _ in one.draws]) for one in found])
         assert 0.7 < drawn / spread < 1.4
+
+
+def test_no_draw_of_a_step_takes_no_time(tmp_path):
+    """However much step times scatter: some draws have both a pass and an example at 0."""
+    steps, calibration = known(study(tmp_path / "wild", seeds=1, noise=0.05, draw=1), study(tmp_path / "two", 2))
+    wild = replace(
+        calibration.measured,
+        cells=tuple(
+            replace(cell, trials=(cell.seconds * 10 ** (i % 3),)) for i, cell in enumerate(calibration.measured.cells)
+        ),
+    )
+    made = forecast(steps, calibrate(wild), None, [1, 2], BATCHES)
+    assert all(0 < row.seconds.low < row.seconds.high < math.inf for row in made.rows)
+
+
+def test_accumulation_without_one_worker_tells_traffic_of_a_step_from_the_passes(tmp_path):
+    calibration = known(study(tmp_path / "two", workers=2, noise=0, micro_batch=64))[1]
+    assert not calibration.told_apart and calibration.fitted == ("per_pass", "per_example", "per_step")
+    assert calibration.compute.one_pass(64) == pytest.approx(COMPUTE.one_pass(64), rel=0.05)
 
 
 def test_reused_trials_and_schedules_of_batch_sizes_have_no_step_time(tmp_path):

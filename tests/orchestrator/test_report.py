@@ -22,9 +22,7 @@ from tests.orchestrator.made_study import MadeStudy, quickstart
 
 FILES = ["report.html", "report.md", "results.csv", "results.parquet", "evidence.json"]
 FIGURES = ["final_metric", "steps_to_target", "time_to_target", "training_curves"]
-WHOLE = sorted(
-    [*FIGURES, "performance_profile", "prediction", "time_and_cost"]
-)  # of several arms at several batch sizes
+WHOLE = sorted([*FIGURES, "performance_profile", "prediction"])  # of several arms at several batch sizes, on 2 workers
 
 
 def figures(path: Path) -> list[str]:

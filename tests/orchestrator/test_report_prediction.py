@@ -112,7 +112,7 @@ def test_too_few_batch_sizes(tmp_path: Path) -> None:
     assert draw(made, FIGURES) == {}
     assert outlook.unsaid(made) == [
         "No prediction for sgd: the target was reached at fewer than three batch sizes, too few for a law to predict from.",
-        "No front of time and cost: nothing is predicted, and what was measured ran on 1 worker, so that cost follows time.",
+        "No front of time and cost: none is predicted, and what was measured ran on 1 worker, so that cost follows time.",
     ]
 
 
@@ -124,6 +124,18 @@ def test_steps_without_times(tmp_path: Path) -> None:
     first, second = outlook.unsaid(made)
     assert re.match(r"No prediction of times for sgd: step times of one local batch size; two or more", first)
     assert str(tmp_path) not in first and second.startswith("No front of time and cost")
+
+
+def test_two_workers_alone_have_times_on_two_workers_and_no_front(tmp_path: Path) -> None:
+    made = summary(study(tmp_path, workers=2))
+    drawn = draw(made, FIGURES)
+    assert drawn.keys() == {"prediction"} and "seconds to target" in texts(drawn, "prediction")
+    assert "2 workers, on the hardware and network of the study" in outlook.fan_caption(made)[1]
+    assert outlook.unsaid(made) == [
+        "No prediction of times on other workers or networks for sgd: no trial ran on 1 worker, so computing and traffic "
+        "cannot be told apart.",
+        "No front of time and cost: none is predicted, and what was measured ran on 2 workers, so that cost follows time.",
+    ]
 
 
 def test_without_predictions_the_front_is_of_what_was_measured(tmp_path: Path) -> None:
