@@ -56,6 +56,7 @@ class Project(Precondition):
     def suits(self, learner: Backprop) -> None:
         if sum(update.turn == self.turn for update in learner.updates) > 1:
             raise PlanError("fop changes natural_gradient: name natural_gradient once, and before it")
+        self._check_labels(learner)
 
     def init(self, net: Net, worker: Worker) -> State:
         from strategies.parts.fisher_projection import Halves

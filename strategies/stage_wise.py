@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from strategies.backprop import Update, amend
 from strategies.contract import (
@@ -113,6 +113,9 @@ class StageWise(Strategy):
             raise PlanError("stage_wise cuts one network, but the plan has several: leave out what changes the network")
         if self.unsupervised >= parts:
             raise PlanError(f"stage_wise: unsupervised is {self.unsupervised}, expected less than its {parts} parts")
+        if self.unsupervised and self.patience:
+            raise PlanError("stage_wise: patience watches the loss of the head, which does not move an unsupervised part: "
+                            "leave out patience or unsupervised")  # fmt: skip
         if self.head == "own" and parts > 1 and listed(plan.phases[0].model) is None:
             raise PlanError(
                 "stage_wise: head: own needs a model that lists its stages: write linear, pooled or network"
@@ -201,6 +204,7 @@ class Reconstruction:
     """The loss of the head, which reads the features and does not move them, plus the mean squared error of reconstruction."""
 
     classified: Objective
+    of_labels: ClassVar[bool] = False
 
     def __call__(self, predict: Predict, batch: Batch, clock: Clock) -> Tensor:
         out = predict(batch.x)

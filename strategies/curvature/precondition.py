@@ -72,6 +72,15 @@ class Precondition(Update):
     def suits(self, learner: Backprop) -> None:
         if sum(update.turn == self.turn for update in learner.updates) > 1:
             raise PlanError("natural_gradient preconditions gradients, and so does another method here: leave one out")
+        self._check_labels(learner)
+
+    def _check_labels(self, learner: Backprop) -> None:
+        """Raises PlanError if labels are to be drawn for an objective that is more than a loss of labels."""
+        if self.options.fisher == "sampled" and not getattr(learner.objective, "of_labels", True):
+            raise PlanError(
+                "natural_gradient: fisher: sampled draws labels, but a part of stage_wise reconstructs its input: write "
+                "fisher: empirical, or leave out unsupervised"
+            )
 
     def init(self, net: Net, worker: Worker) -> State:
         from strategies.curvature.estimate import Curvature

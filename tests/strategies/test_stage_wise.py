@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from orchestrator.identity import canonical, feature_key
 from strategies.backprop import CrossEntropy
 from strategies.batch_growth import BatchGrowth
 from strategies.contract import Batch, Clock, ModelSpec, Plan, PlanError
+from strategies.fop import Fop
 from strategies.lars import Lars
+from strategies.natural_gradient import NaturalGradient
 from strategies.net import Net
 from strategies.stage_wise import Patience, Reconstruction, StageWise, first, listed
 from tests.strategies.cases import staged_net, with_step_decay
@@ -224,6 +227,7 @@ def test_a_shared_beginning_equals_an_unshared_one(tmp_path: Path) -> None:
         ({"cuts": [1], "weight_decay": [-1, None]}, "expected 2 numbers"),
         ({"cuts": [1], "epochs": [0, 1]}, "expected > 0"),
         ({"cuts": [1], "unsupervised": 2}, "expected less than its 2 parts"),
+        ({"cuts": [1], "unsupervised": 1, "patience": 2}, "leave out patience or unsupervised"),
         ({"cuts": [1], "head": "own"}, "needs a model that lists its stages"),
         ({"cuts": [1], "ensemble": 1.0, "cache": "exact"}, "leave out cache or ensemble"),
     ],
@@ -231,6 +235,15 @@ def test_a_shared_beginning_equals_an_unshared_one(tmp_path: Path) -> None:
 def test_what_cannot_be_is_told(options: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         StageWise(**options).edit(plan())
+
+
+def test_labels_are_not_drawn_where_a_part_reconstructs() -> None:
+    stages, natural = StageWise(cuts=[1], unsupervised=1), NaturalGradient(fisher="sampled")
+    for methods in ([stages, natural], [natural, stages], [natural, Fop(), stages]):
+        with pytest.raises(PlanError, match="write fisher: empirical, or leave out unsupervised"):
+            reduce(lambda edited, method: method.edit(edited), methods, plan())
+    natural.edit(StageWise(cuts=[1]).edit(plan()))
+    NaturalGradient().edit(stages.edit(plan()))
 
 
 def test_networks_that_cannot_be_cut_are_told() -> None:
