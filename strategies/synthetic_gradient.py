@@ -47,7 +47,7 @@ class SyntheticGradient(Strategy):
         1e-3, "of the synthesisers' Adam, at all batch sizes; none: the network's optimizer at its rate", ge=0
     )
     share: float = option(0.0, "lambda at the end of its change; 0: fully synthetic; 1: backpropagation", ge=0, le=1)
-    first_share: float = option(1.0, "lambda at the start of each phase", ge=0, le=1)
+    first_share: float = option(1.0, "lambda at the start of each phase, where share_epochs let it change", ge=0, le=1)
     share_epochs: float = option(0.0, "epochs over which lambda changes evenly from first_share to share", ge=0)
     queue: int = option(0, "batches that a synthesiser learns late", ge=0)
     inputs: bool = option(
@@ -66,6 +66,11 @@ class SyntheticGradient(Strategy):
         if self.hidden is not None and self.synthesiser not in ("deep", "low_rank"):
             raise PlanError(
                 f"SyntheticGradient: a {self.synthesiser} synthesiser has no hidden layer: leave out `hidden`"
+            )
+        if self.first_share != 1.0 and not self.share_epochs:
+            raise PlanError(
+                "SyntheticGradient: lambda does not start at first_share unless share_epochs let it change: state "
+                "`share_epochs`, or leave out `first_share`"
             )
         if self.roles and self.inputs:
             raise PlanError(

@@ -248,6 +248,9 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
         train(SyntheticGradient().edit(baseline()), tmp_path)
     with pytest.raises(PlanError, match="no hidden layer"):
         SyntheticGradient(hidden=3)
+    with pytest.raises(PlanError, match="state `share_epochs`, or leave out `first_share`"):
+        SyntheticGradient(first_share=0.5)
+    SyntheticGradient(first_share=0.5, share_epochs=1.0)
     with pytest.raises(PlanError, match="leave one of the two out"):
         SyntheticGradient().edit(edited())
 
