@@ -8,6 +8,10 @@ training loss of the round, since averages of young networks may be worse than e
 The rate is that of the mean gradient of a worker's share: what the authors write as W times the effective rate of the summed
 gradient. So one step per round with plain SGD is synchronous SGD at the same rate, and weight decay needs no factor of 1 / W.
 
+Of the authors' scheme (Kaldi's nnet3), three parts are not here: a number of workers that grows; half the batch, and the
+largest change divided by sqrt(2), in the first round; and the end, which combines up to 20 late models by weights that are
+optimised on training examples. The result is the mean after the last round.
+
 From `post_local_sgd` this differs as a whole way of training does from a finish: there, workers step together first and alone
 late, rounds are a few steps, and each keeps its momentum; here, they step alone throughout, rounds are stated in examples and
 are long, and what else workers have learnt - momentum, curvature - is joined with the parameters.
