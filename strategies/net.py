@@ -23,6 +23,16 @@ class Net(nn.Module):
         self.rate_factors: dict[str, float] = {}  # of learning rates, by parameter; else 1
         self.gradient_factors: dict[str, float] = {}  # of sizes of gradients, by parameter; else 1
 
+    def inherit_factors(self, whole: Net) -> None:
+        """Those of a network that has this one's parameters, by whatever name."""
+        names = {id(p): name for name, p in whole.named_parameters()}
+        for own, parameter in self.named_parameters():
+            name = names.get(id(parameter))
+            if name in whole.rate_factors:
+                self.rate_factors[own] = whole.rate_factors[name]
+            if name in whole.gradient_factors:
+                self.gradient_factors[own] = whole.gradient_factors[name]
+
     def forward(self, x: Tensor) -> Tensor:
         for stage in self.stages:
             x = stage(x)

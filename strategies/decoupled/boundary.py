@@ -20,7 +20,7 @@ class CutNet(Net):
 
     def __init__(self, whole: Net, ends: Sequence[int], inputs: tuple[int, ...], classes: int):
         super().__init__(whole.stages, whole.pool, whole.head)
-        self.rate_factors = whole.rate_factors
+        self.inherit_factors(whole)
         self.ends, self.inputs, self.classes = tuple(ends), inputs, classes
         self.shapes = self._shapes()
 
@@ -29,12 +29,8 @@ class CutNet(Net):
         bounds = pairwise((0, *self.ends, len(self.stages)))
         parts = [Net(list(self.stages)[begin:end]) for begin, end in bounds]
         parts[-1].pool, parts[-1].head = self.pool, self.head
-        names = {id(p): name for name, p in self.named_parameters()}
         for part in parts:
-            whole = {own: names[id(p)] for own, p in part.named_parameters()}
-            part.rate_factors = {
-                own: self.rate_factors[name] for own, name in whole.items() if name in self.rate_factors
-            }
+            part.inherit_factors(self)
         return parts
 
     def _shapes(self) -> tuple[tuple[int, ...], ...]:

@@ -41,7 +41,7 @@ class StagedNet(Net):
         reads_features: bool = False,
     ):
         super().__init__(list(whole.stages)[: ends[-1]], whole.pool, whole.head)
-        self.rate_factors = whole.rate_factors
+        self.inherit_factors(whole)
         self.ends, self.frozen = tuple(ends), ends[-2] if len(ends) > 1 else 0
         self.before = nn.ModuleList(before)
         self.growth, self.reads_features = growth, reads_features

@@ -224,11 +224,13 @@ def test_without_labels_a_guess_does_not_depend_on_them() -> None:
     assert seeing(h, rig.batch.y).equal(seeing(h, soft))
 
 
-def test_rate_factors_follow_parameters_into_modules() -> None:
+def test_factors_follow_parameters_into_modules() -> None:
     net = mlp(WIDTH, CLASSES)
+    net.gradient_factors = {"stages.0.0.bias": 5.0}
     net.rate_factors = {"stages.1.0.weight": 2.0, "head.bias": 3.0}
     parts = CutNet(net, (1, 2), WIDTH, CLASSES).parts()
     assert [part.rate_factors for part in parts] == [{}, {"stages.0.0.weight": 2.0}, {"head.bias": 3.0}]
+    assert [part.gradient_factors for part in parts] == [{"stages.0.0.bias": 5.0}, {}, {}]
 
 
 def edited(**options: Any) -> Plan:
