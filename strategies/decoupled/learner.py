@@ -211,6 +211,9 @@ def decouple(phase: Phase, by: object, cuts: Sequence[int] | None, kind: type[De
         raise PlanError(
             f"{name} and {type(learner).__name__} both change how phase '{phase.name}' learns: leave one of the two out"
         )
+    if hasattr(phase.carry, "state"):
+        raise PlanError(f"{name}: modules have optimizers of their own, which do not follow a network that grows: leave one "
+                        "of the two methods out")  # fmt: skip
     if options.get("bf16_messages") and options["ahead"] is None:
         raise PlanError(f"{name}: bf16_messages are those between workers of different modules, but each worker has all of "
                         "them: leave it out")  # fmt: skip

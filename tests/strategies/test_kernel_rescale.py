@@ -152,6 +152,18 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
         KernelRescale(**options)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("delayed_gradient", {}), ("local_loss", {}), ("pipeline", {"roles": False}), ("synthetic_gradient", {})],
+)
+def test_modules_with_optimizers_of_their_own_do_not_grow(name: str, options: dict[str, Any]) -> None:
+    decoupled, growing = CATALOGUE[name](**options), KernelRescale(shares=[0.3], kernels=[3])
+    with pytest.raises(PlanError, match="do not follow a network that grows"):
+        decoupled.edit(growing.edit(plan(model("convnext"))))
+    with pytest.raises(PlanError, match="has no option kernel"):
+        growing.edit(decoupled.edit(plan(model("convnext"))))
+
+
 def test_refusals() -> None:
     with pytest.raises(PlanError, match=r"up to the model's, of side 3, but kernels is .3.: .* progressive_resize"):
         KernelRescale().edit(plan(model("resnet", depth=8)))
