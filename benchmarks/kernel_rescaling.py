@@ -22,7 +22,6 @@ from benchmarks import common
 from orchestrator.comparison.paired import Difference, difference
 from orchestrator.report.load import load
 from orchestrator.report.summary import summarise
-from orchestrator.store import Store
 
 RECIPE = common.REPOSITORY / "recipes" / "kernel_rescaling.yaml"
 QUICK = ("workload.data=digits", "workload.model.small_cnn.width=4", "base.epochs=1", "cluster.launcher=solo", "seeds=2",
@@ -47,7 +46,7 @@ Costs: TypeAlias = "Callable[[list[Point]], Cost]"
 
 def arms(path: Path) -> dict[str, Runs]:
     """Raises ValueError if the study has nothing to compare."""
-    summary = summarise(load(path, Store(path).trial_ids()))
+    summary = summarise(load(path, None))
     best = {arm: cells[-1].trials for arm, cells in summary.cells.items() if cells}
     found = {arm: {t.seed: points(summary.study.rows(t)) for t in trials} for arm, trials in best.items()}
     if len(found) < 2 or not all(run for runs in found.values() for run in runs.values()):

@@ -61,7 +61,7 @@ class Store:
         """The trials of the recipe as it was last run; trials of an earlier form of it may lie beside them. Raises Damaged."""
         path = self.directory / "trials.json"
         if not path.exists():
-            return sorted(p.name for p in self.directory.glob("trials/*/"))
+            return sorted(p.name for p in self.directory.glob("trials/*/") if not p.name.startswith("."))
         ids = read_json(path)
         if not isinstance(ids, list) or not all(isinstance(trial_id, str) for trial_id in ids):
             raise Damaged(f"{path}: not a list of trials; the next run of the recipe writes it anew")

@@ -8,13 +8,12 @@ from orchestrator.batch_law.curve import Curve
 from orchestrator.files import Damaged
 from orchestrator.report.load import load
 from orchestrator.report.summary import summarise
-from orchestrator.store import Store
 
 
 def curves(path: Path) -> list[Curve]:
     """Raises Damaged if there is no such study, or none with a target."""
     try:
-        summary = summarise(load(path, Store(path).trial_ids()))
+        summary = summarise(load(path, None))
     except FileNotFoundError as error:
         raise Damaged(str(error)) from None
     if summary.target is None:

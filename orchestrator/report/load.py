@@ -15,6 +15,7 @@ from orchestrator.fairness import has_layerwise, unfair
 from orchestrator.files import Damaged, printable, read_json, read_lines
 from orchestrator.recipe import Recipe
 from orchestrator.recipe.resolve import search_of
+from orchestrator.store import Store
 
 
 def as_text(value: Any) -> str:
@@ -122,12 +123,14 @@ class Study:
 
 
 def load(path: Path, trials: Sequence[str] | None) -> Study:
-    """Raises FileNotFoundError if `path` is no study, Damaged if a file does not hold what it should."""
+    """`trials` None: those of the recipe as it was last run.
+
+    Raises FileNotFoundError if `path` is no study, Damaged if a file does not hold what it should.
+    """
     folder = path / "trials"
     if not folder.is_dir():
         raise FileNotFoundError(f"{path}: not a study directory (it has no trials/)")
-    present = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    ids = present if trials is None else list(dict.fromkeys(trials))
+    ids = list(dict.fromkeys(Store(path).trial_ids() if trials is None else trials))
     results = [_result(folder / name / "result.json") for name in ids if (folder / name / "result.json").is_file()]
     resolved = _optional_yaml(path / "resolved.yaml")
     arms = [printable(str(name)) for name in resolved.get("arms") or ()]
