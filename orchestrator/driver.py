@@ -93,7 +93,6 @@ class Driver:
     def __init__(self, study: Study, fail_fast: bool = False):
         self.study, self.store, self.fail_fast = study, study.store, fail_fast
         self.waiting = deque(Run(trial) for trial in study.left())
-        self.skipped: list[Run] = []  # by --fail-fast: left for another run
         self.busy: dict[str, tuple[Gang, Run]] = {}
         self.idle: list[Gang] = []
         self.policy = FailurePolicy(study.recipe.cluster.max_failures)
@@ -228,8 +227,8 @@ class Driver:
         """A trial that a search has come to call for; it may be on file from an earlier form of the recipe."""
         if self.study.done(trial):
             self.counts[self.store.result(trial.id)["status"]] += 1  # type: ignore[index]
-        else:
-            (self.skipped if self.fail_fast and self.counts["failed"] else self.waiting).append(Run(trial))
+        elif not (self.fail_fast and self.counts["failed"]):
+            self.waiting.append(Run(trial))
 
     def _lost(self, run: Run, outcome: Failed | Lost) -> None:
         reason = outcome.reason if isinstance(outcome, Lost) else f"{outcome.kind}: {outcome.message}"
@@ -245,7 +244,6 @@ class Driver:
         self._commit(run, failure(run.trial, cause))
         print(f"  trial {run.trial.id}; log: {log}", file=sys.stderr)
         if self.fail_fast:
-            self.skipped += self.waiting
             self.waiting.clear()
 
     # ----------------------------------------------------------------------------------------------- status and end
@@ -261,8 +259,9 @@ class Driver:
 
     def status(self) -> dict[str, Any]:
         total = size(self.study.recipe)
-        uncalled = total - len(self.study.trials)  # that a search has yet to call for
-        left = len(self.waiting) + len(self.skipped) + uncalled
+        left = (
+            total - len(self.busy) - sum(self.counts.values())
+        )  # also what --fail-fast gave up, or a search has yet to call for
         trials = {"total": total, "running": len(self.busy), "left": left, **self.counts}
         return {
             "study": self.study.recipe.study,
