@@ -1,7 +1,6 @@
 """K-FAC of bigbatch and of two libraries as steps on batches, for the benchmarks of natural gradients.
 
-- asdl 0.1 (`asdfghjkl` on PyPI, in the extra `bench`), which runs with torch 2.13. It makes no factors of a batch norm whose
-  scale is 0;
+- asdl 0.1 (`asdfghjkl` on PyPI, in the extra `bench`), which runs with torch 2.13;
 - kfac-pytorch, which has no release on PyPI: `pip install git+https://github.com/gpauloski/kfac-pytorch`.
 
 Both take gradients to be contiguous, so their weights are; ours are channels-last. All Fisher matrices are empirical.
@@ -56,6 +55,14 @@ class Setting:
 
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def begun(net: Net, form: torch.memory_format) -> Net:
+    """The network laid out so, with batch norms whose scales are 1: asdl makes no factors of one whose scale is 0."""
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    return net.to(device(), memory_format=form)  # type: ignore[call-overload,no-any-return]
 
 
 def bigbatch(strategy: NaturalGradient | None, net: Net, setting: Setting) -> Step:

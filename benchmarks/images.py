@@ -82,7 +82,12 @@ def augmented(x: Tensor) -> Tensor:
     top, left = torch.randint(2 * PAD + 1, (2, n))
     crops = windows[torch.arange(n), :, top, left]
     crops = torch.where(torch.rand(n, 1, 1, 1) < 0.5, crops.flip(-1), crops)
-    return crops.float().sub_(255 * MEAN).div_(255 * DEVIATION).contiguous(memory_format=torch.channels_last)
+    return normalised(crops).contiguous(memory_format=torch.channels_last)
+
+
+def normalised(x: Tensor) -> Tensor:
+    """uint8 images as floats, by the mean and deviation of each channel."""
+    return x.float().sub_(255 * MEAN).div_(255 * DEVIATION)
 
 
 def flops_per_image(net: nn.Module) -> float:

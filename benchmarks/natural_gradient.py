@@ -2,7 +2,7 @@
 
 Steps are timed by what they make anew: nothing, factors, or factors and inverses; the cost at any intervals follows:
 (plain + factors / f + inverses / i) / SGD. Beside bigbatch, in the same run and in fp32, two libraries: see
-`benchmarks.curvature`. Batch norms begin with scales of 1, since asdl makes no factors of one whose scale is 0.
+`benchmarks.curvature`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks import common
-from benchmarks.curvature import CONTENDERS, NEVER, Setting, Step, device, layout, plain, wait
+from benchmarks.curvature import CONTENDERS, NEVER, Setting, Step, begun, device, layout, plain, wait
 from orchestrator.workloads.models import resnet
 from strategies.net import Net
 from strategies.rate import Rate
@@ -28,15 +27,12 @@ INTERVALS = ((1, 1), (1, 10), (10, 100))
 RATE, DAMPING = 0.01, 1e-3
 
 
-def begun(
+def one_step(
     make: Callable[[Net, Setting], Step], intervals: tuple[int, int], form: torch.memory_format, options: Namespace
 ) -> Callable[[], object]:
     """One step of a contender, on the network, random images and labels that all have."""
     torch.manual_seed(0)
-    net = resnet((3, 32, 32), 10, depth=20).to(device(), memory_format=form)  # type: ignore[call-overload]
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)
+    net = begun(resnet((3, 32, 32), 10, depth=20), form)
     x = torch.randn(options.batch, 3, 32, 32, device=device()).to(memory_format=form)
     y = torch.randint(10, (options.batch,), device=device())
     step = make(net, Setting(options.batch, Rate(RATE), DAMPING, intervals, precision=options.precision))
@@ -74,10 +70,10 @@ def cost(times: Sequence[float], intervals: tuple[int, int]) -> float:
 
 def main(options: Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
-    measures = {"SGD": Timed(lambda: begun(plain, (1, 1), layout("SGD"), options))}
+    measures = {"SGD": Timed(lambda: one_step(plain, (1, 1), layout("SGD"), options))}
     for name in options.only or CONTENDERS:
         for renewed, intervals in RENEWED.items():
-            one = functools.partial(begun, CONTENDERS[name], intervals, layout(name), options)
+            one = functools.partial(one_step, CONTENDERS[name], intervals, layout(name), options)
             measures[f"{name}: {renewed}"] = Timed(one)
     samples, skipped = common.interleave(measures, 1 if options.quick else options.repeats)
     rows = [[name, common.spread(found)] for name, found in samples.items()]

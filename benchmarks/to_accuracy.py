@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.curvature import CONTENDERS, Setting, device, layout, plain, wait
-from benchmarks.images import DEVIATION, MEAN, augmented
+from benchmarks.curvature import CONTENDERS, Setting, begun, device, layout, plain, wait
+from benchmarks.images import augmented, normalised
 from orchestrator.workloads import cifar10
 from orchestrator.workloads.models import build_network
 from strategies.net import Net
@@ -60,7 +60,7 @@ def read() -> Data:
     def images(pixels: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
 
-    test = images(parsed.test_x[:TEST]).float().sub_(255 * MEAN).div_(255 * DEVIATION)
+    test = normalised(images(parsed.test_x[:TEST]))
     labels = [torch.from_numpy(y).long() for y in (parsed.train_y[:TRAIN], parsed.test_y[:TEST])]
     return Data(images(parsed.train_x[:TRAIN]), labels[0], test, labels[1])
 
@@ -69,7 +69,7 @@ def train(name: str, batch: int, peak: float, seed: int, most: float, data: Data
     """One run, given up after `most` steps."""
     torch.manual_seed(seed)
     kind, settings = MODELS[options.model]
-    net = build_network((3, 32, 32), 10, kind, **settings).to(device(), memory_format=layout(name))  # type: ignore[call-overload]
+    net = begun(build_network((3, 32, 32), 10, kind, **settings), layout(name))
     steps, per_epoch = int(options.epochs * TRAIN / batch), round(TRAIN / batch)
     setting = Setting(batch, Rate(peak, warmup=1), DAMPING, INTERVALS, steps, batch / TRAIN, DECAY)
     step = MAKERS[name](net, setting)
