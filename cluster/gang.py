@@ -156,12 +156,11 @@ class RayGang:
             return self._failure(root_cause(failures))
         if len(self.reports) == self.size and not failures:
             return self.reports[0]
-        if self.startup_seconds is None:
-            late = self.placement.seconds() > max(START_LIMIT, self.timeout)
-            return Lost(0, f"{self.name} has not started: its workers hang") if late else None
         silent = self.pulse.silent()
         if silent:
             stacks.ask(self.processes)
+        elif self.startup_seconds is None and self.placement.seconds() > max(START_LIMIT, self.timeout):
+            return Lost(0, f"{self.name} has not started: its workers hang")
         return silent
 
     def _failure(self, cause: Failed) -> Outcome:
@@ -213,12 +212,16 @@ def disconnect() -> None:
 
 
 class Pulse:
-    """Asks each rank for a sign of life, a few times per `timeout` seconds, with one question in flight per rank."""
+    """Asks each rank for a sign of life, a few times per `timeout` seconds, with one question in flight per rank.
+
+    The first answer may take as long as it likes: the rank waits for its place, or imports torch.
+    """
 
     def __init__(self, ranks: list[Any], timeout: float):
         self.ranks, self.timeout = ranks, timeout
         self.interval = min(timeout / 4, 5.0)  # seconds
         self.asked: dict[Any, tuple[int, float]] = {}  # question -> rank, when
+        self.alive: set[int] = set()  # ranks that have answered once
         self.due = 0.0
 
     def silent(self) -> Lost | None:
@@ -232,9 +235,9 @@ class Pulse:
         if self.asked:
             answered, _ = ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0)
             for question in answered:
-                del self.asked[question]
+                self.alive.add(self.asked.pop(question)[0])
         for rank, asked in self.asked.values():
-            if now - asked > self.timeout:
+            if rank in self.alive and now - asked > self.timeout:
                 return Lost(rank, f"no sign of life from rank {rank} for {self.timeout:g} s")
         self._ask(now)
         return None

@@ -255,7 +255,14 @@ def patch_deepspeed(module: Any, here: Here) -> None:
 
 
 def patch_actor(module: Any, here: Here) -> None:
-    for place, name in (("bind", "bind"), ("join", "_join"), ("reset", "reset")):
+    def bind(rank: Any, *_: Any) -> None:
+        fault = here.at("bind", rank.rank)
+        if fault:
+            time.sleep(0.5)  # for its first sign of life to be out
+            strike(fault)
+
+    before(module.Rank, "bind", bind)
+    for place, name in (("join", "_join"), ("reset", "reset")):
         before(module.Rank, name, lambda rank, *_, place=place: here.pass_by(place, rank.rank))
 
 

@@ -36,6 +36,7 @@ TIMEOUT = 4.0  # seconds, of GANG
 
 GANG_MOMENTS = [
     ("kill", "bind", 0),
+    ("stop", "bind", 0),
     ("kill", "join", 0),
     ("stop", "join", 0),
     ("kill", "reset", 0),
