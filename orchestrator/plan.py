@@ -79,10 +79,9 @@ def as_data(study: Study) -> dict[str, Any]:
 def _setting(study: Study, trials: list[Trial], examples: int) -> dict[str, Any]:
     trial = trials[0]
     plan = _compose(trial, examples)
-    workers, stated = trial.cluster.workers, trial.base.micro_batch
+    workers = trial.cluster.workers
     replicas = workers // plan.roles
-    share = -(-trial.base.batch // replicas)
-    micro = share if stated == "auto" else min(share, stated)
+    micro = trial.micro_batch(replicas)
     return {
         "arm": trial.arm,
         "point": trial.point if trial.role == "winner" else {path: trial.point[path] for path in axes(study.recipe)},
@@ -91,8 +90,8 @@ def _setting(study: Study, trials: list[Trial], examples: int) -> dict[str, Any]
         "roles": plan.roles,
         "replicas": replicas,
         "micro_batch": micro,
-        "accumulation": -(-share // micro),
-        "found": stated == "auto",
+        "accumulation": -(-trial.base.batch // (replicas * micro)),
+        "found": trial.base.micro_batch == "auto",
         "steps": sum(p.steps(examples) for p in plan.phases),
         "phases": [{"name": p.name, "epochs": p.epochs, "learner": canonical(p.learner)} for p in plan.phases],
         "needs": _names(plan.needs),

@@ -85,7 +85,11 @@ class Trial(Model):
     @property
     def local_batch(self) -> int:
         """Examples that one worker pushes through the network at once, memory permitting."""
-        share = -(-self.base.batch // self.cluster.workers)
+        return self.micro_batch(self.cluster.workers)
+
+    def micro_batch(self, replicas: int) -> int:
+        """`local_batch`, where a network may be spread over several workers."""
+        share = -(-self.base.batch // replicas)
         return share if self.base.micro_batch == "auto" else min(share, self.base.micro_batch)
 
     def _cut(self) -> int | list[int]:
