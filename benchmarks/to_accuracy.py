@@ -79,7 +79,10 @@ def train(name: str, batch: int, peak: float, seed: int, most: float, data: Data
         start = time.perf_counter()
         chosen = order[(number - 1) * batch : number * batch]
         x = augmented(data.x[chosen]).to(device(), memory_format=layout(name))
-        step(x, data.y[chosen].to(device()))
+        try:
+            step(x, data.y[chosen].to(device()))
+        except torch.linalg.LinAlgError:  # of weights that diverged: some contenders stop there
+            return NEVER
         wait()
         seconds += time.perf_counter() - start
         if (number % per_epoch == 0 or number == steps) and accuracy(net, data, layout(name)) >= options.target:
