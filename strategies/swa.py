@@ -1,7 +1,7 @@
 """Stochastic weight averaging: the equal average of late weights, in their place (Izmailov et al. 2018, arXiv 1803.05407).
 
-Weights enter after each step beyond `start`; until then the network's own are evaluated. Running statistics of batch norms,
-which training left behind for other weights, are estimated anew over training examples before each evaluation.
+Weights enter after each step beyond `start` of a phase; until then the network's own are evaluated. Running statistics of
+batch norms, which training left behind for other weights, are estimated anew over training examples before each evaluation.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from strategies.backprop import Update, amend
-from strategies.contract import Batch, Clock, Need, Plan, State, Strategy, Worker, option
+from strategies.backprop import Backprop, Update, amend
+from strategies.contract import Batch, Clock, Need, Plan, PlanError, State, Strategy, Worker, option
 from strategies.parts.batch_norm import reestimate, statistics, tracking
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Swa(Strategy):
-    start: float = option(0.75, "share of the run after which weights are averaged; 1: never", ge=0, le=1)
+    start: float = option(0.75, "share of each phase after which its weights are averaged; 1: never", ge=0, le=1)
     examples: int = option(1024, "training examples, at most, over which batch norms' statistics are estimated", ge=2)
 
     def edit(self, plan: Plan) -> Plan:
@@ -42,6 +42,12 @@ class LateAverage(Update):
     examples: int = 1024
     needs = Need.LAYER_WEIGHTS
 
+    def suits(self, learner: Backprop) -> None:
+        if any(type(update).ended is not Update.ended for update in learner.updates):
+            raise PlanError(
+                "swa starts at a share of a phase's steps, but adascale ends it before: leave one of the two out"
+            )
+
     def init(self, net: Net, worker: Worker) -> State:
         own = dict(net.named_parameters())
         average = {name: t.detach().clone() for name, t in (own | statistics(net)).items()}
@@ -51,6 +57,7 @@ class LateAverage(Update):
         import torch
 
         if clock.step + 1 <= self.start * clock.steps:
+            state.saved["averaged"] = 0  # an average of the phase before is of other weights
             return
         state.saved["averaged"] += 1
         averages = [state.saved["average"][name] for name in state.live.own]

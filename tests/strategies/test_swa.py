@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
 
 from cluster.engines import make_worker
+from strategies.adascale import Adascale
 from strategies.contract import Plan, PlanError, State
 from strategies.ema import Ema
 from strategies.swa import LateAverage, Swa
@@ -44,6 +46,19 @@ def test_average_of_the_weights_after_late_steps(share: float, first: int) -> No
     assert weights and weights["w"].tolist()[0] == pytest.approx([(first + 10) / 2] * 2, abs=1e-14)
 
 
+def test_each_phase_averages_its_own_weights() -> None:
+    """The state goes on from a phase of w = 1 to one of w = 2."""
+    net = Vectors()
+    update, state = start(net, 0.5)
+    for value in (1.0, 2.0):
+        torch.nn.init.constant_(net.w, value)
+        for step in range(10):
+            update.after(state, clock(step))
+            assert (update.weights(state) is None) == (step < 5)
+    weights = update.weights(state)
+    assert weights and weights["w"].eq(2).all()
+
+
 def test_the_average_is_evaluated_and_kept(tmp_path: Path) -> None:
     """Averaging from 8 of 12 steps on: up to there nothing changes, and what is kept is not what was trained last."""
     plain, late = train(baseline(), tmp_path / "plain"), train(Swa(8 / 12).edit(baseline()), tmp_path / "late")
@@ -55,6 +70,9 @@ def test_the_average_is_evaluated_and_kept(tmp_path: Path) -> None:
 def test_refusals() -> None:
     with pytest.raises(PlanError, match=r"Average\(half_life=1.0, .* and LateAverage\(.* both average weights"):
         Swa().edit(Ema().edit(baseline()))
+    for first, then in permutations((Swa(), Adascale(per=2))):
+        with pytest.raises(PlanError, match="adascale ends it before: leave one of the two out"):
+            then.edit(first.edit(baseline()))
 
 
 def normalised(start: float = 0.5, examples: int = 1024) -> Plan:
