@@ -2,7 +2,8 @@
 
 local = trust |w| / (|g| + decay |w|); v <- m v + rate local (g + decay w); w <- w - v. That is the published form, in which
 the rate enters the momentum buffer; torch's form, v <- m v + local (g + decay w); w <- w - rate v, differs while the rate
-changes. Momentum and decay are those of the base optimizer. Biases and norm parameters: local = 1, no decay.
+changes. Momentum and decay are those of the base optimizer; with its `nesterov: true`, which is not published, the step is
+u + m v, where u is what entered v. Biases and norm parameters: local = 1, no decay.
 """
 
 from __future__ import annotations
