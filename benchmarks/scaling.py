@@ -11,9 +11,10 @@ from typing import Any
 from benchmarks import common
 from benchmarks.contenders import Spec
 from benchmarks.images import NETWORKS, write_data
-from benchmarks.throughput import bigbatch
+from benchmarks.throughput import bigbatch, step_seconds
 
 LOCAL = (32, 256)  # images per worker and step
+APART, IN_STEP = "2 workers, apart", "2 workers, apart, each step as long as the slower one's"
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,21 @@ def measure(spec: Spec, case: Case) -> list[float]:
     return bigbatch(replace(spec, batch=case.batch), case.workers, 1, engine=case.engine)
 
 
-def side_by_side(spec: Spec, local: int) -> list[float]:
-    """Images per second of two workers that do not speak with each other: what sharing the machine costs."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(bigbatch, replace(spec, batch=local), 1, 1) for _ in range(2)]
-        return [sum(rate for one in both for rate in one.result())]
+def pair(spec: Spec, local: int) -> tuple[float, float]:
+    """Images per second of two workers under one driver that do not speak with each other; the same if each of their steps
+    took as long as the slower of the two, which is what sharing gradients costs at least."""
+    cluster = {"workers": 1, "threads": 1, "launcher": "gang", "gangs": 2}
+    one, other = step_seconds(replace(spec, batch=local), 1, 1, cluster=cluster, seeds=2)
+    own = spec.steps * local * (1 / sum(one) + 1 / sum(other))
+    return own, 2 * local * spec.steps / sum(map(max, one, other))
 
 
 def rows(samples: dict[str, list[float]]) -> list[tuple[str, ...]]:
-    one, apart = samples["1 worker"], samples["2 workers, apart"]
+    one, alone = samples["1 worker"], samples[APART]
     lines = []
     for name, rates in samples.items():
         speedup = common.spread([rate / base for rate, base in zip(rates, one, strict=True)])
-        silent = [1 - rate / most for rate, most in zip(rates, apart, strict=True)]
+        silent = [1 - rate / most for rate, most in zip(rates, alone, strict=True)]
         share = f"{statistics.median(silent):.1%}" if name.startswith("2 workers") else "-"
         lines.append((name, common.spread(rates), speedup, share))
     return lines
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="measured steps per sample, after two to warm up")
     options = parser.parse_args()
     print(common.machine())
-    head = ("case", "images/s", "of 1 worker", "lost to communication")
+    head = ("case", "images/s", "of 1 worker", "lost against apart")
     with common.scratch() as folder:
         data = write_data(Path(folder) / "data.npz")
         spec = Spec(str(Path(folder) / "data.npz"), options.model, None, 0, 2, options.steps, "auto")
@@ -79,8 +80,9 @@ def main() -> None:
             contenders: dict[str, common.Measure] = {
                 name: partial(measure, spec, case) for name, case in cases(local).items()
             }
-            contenders["2 workers, apart"] = partial(side_by_side, spec, local)
+            contenders["pair"] = lambda local=local: [pair(spec, local)]
             samples, skipped = common.interleave(contenders, options.repeats)
+            samples |= dict(zip((APART, IN_STEP), map(list, zip(*samples.pop("pair"), strict=True)), strict=True))
             title = f"{options.model}, {local} images per worker and step, 1 thread per worker, {data}"
             common.tell(title, head, rows(samples), skipped)
             results.append({"spec": asdict(spec), "local": local, "samples": samples, "skipped": skipped})

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,15 @@ def child(name: str, spec: Spec, workers: int, threads: int, **variables: str) -
 
 
 def bigbatch(spec: Spec, workers: int, threads: int, **changes: Any) -> list[float]:
-    """Images per second of a recipe, read from its rows; their `seconds` leave out evaluation, as the peers' loops do."""
-    last = spec.warmup + spec.steps
-    study = common.bigbatch(recipe(spec, workers, threads, last) | changes, TIMEOUT)
-    seconds = {row["step"]: row["seconds"] for file in study.glob("trials/*/metrics.jsonl") for row in read_lines(file)}
-    return [spec.batch * spec.steps / (seconds[last] - seconds[spec.warmup])]
+    """Images per second of a recipe."""
+    return [spec.batch * spec.steps / sum(steps) for steps in step_seconds(spec, workers, threads, **changes)]
+
+
+def step_seconds(spec: Spec, workers: int, threads: int, **changes: Any) -> list[list[float]]:
+    """Of each trial's steps after those that warm up; without evaluation, as in the peers' loops."""
+    study = common.bigbatch(recipe(spec, workers, threads, spec.warmup + spec.steps) | changes, TIMEOUT)
+    trials = ([row["seconds"] for row in read_lines(file)] for file in study.glob("trials/*/metrics.jsonl"))
+    return [[end - start for start, end in pairwise(seconds[spec.warmup - 1 :])] for seconds in trials]
 
 
 def recipe(spec: Spec, workers: int, threads: int, last: int) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def recipe(spec: Spec, workers: int, threads: int, last: int) -> dict[str, Any]:
             "batch": spec.batch,
             "rate": {"peak": 0.05},
         },
-        "log_steps": spec.warmup,
+        "log_steps": 1,
     }  # fmt: skip
 
 
