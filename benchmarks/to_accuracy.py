@@ -29,7 +29,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "small_cnn": ("small_cnn", {"width": 8, "batch_norm": True}),
     "resnet8": ("resnet", {"depth": 8}),
 }
-PEAKS = (0.01, 0.025, 0.063, 0.16, 0.4, 1.0)
+PEAKS = (0.004, 0.01, 0.025, 0.063, 0.16, 0.4, 1.0, 2.5)
 MAKERS = {"SGD": plain} | {name: CONTENDERS[name] for name in CONTENDERS if name != "bigbatch, ekfac"}
 INTERVALS = (5, 20)  # of factors and of inverses, in steps
 TRAIN, TEST, DAMPING, DECAY = 10_000, 5_000, 1e-2, 5e-4
