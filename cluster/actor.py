@@ -13,7 +13,10 @@ from typing import Any
 import psutil
 
 from cluster import mirror, stacks
-from cluster.tasks import Done, Failed, Task, attempt
+from cluster.tasks import ClusterError, Done, Failed, Task, attempt
+
+START_LIMIT = 120.0  # seconds in which the ranks of a gang meet, where `timeout` is shorter: one may be slow to start
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # variables; what a node sets itself is kept
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,13 @@ class Rank:
         self.tasks = 0
 
     def bind(self, timeout: float) -> tuple[str, int]:
-        """Rank 0 only: serve the rendezvous on a port that the system picks. Returns its address."""
+        """Rank 0 only: serve the rendezvous on a port that the system picks. -> its address. `timeout`: as for `join`."""
         import ray
         from torch.distributed import TCPStore
 
         address = ray.util.get_node_ip_address()
         listener = socket.create_server((address, 0))  # on this address only: by itself, TCPStore listens on all
-        port, limit = listener.getsockname()[1], timedelta(seconds=timeout)
+        port, limit = listener.getsockname()[1], timedelta(seconds=start_limit(timeout))
         serve: dict[str, Any] = {"wait_for_workers": False, "master_listen_fd": listener.detach()}
         self.store = TCPStore(address, port, self.size, True, limit, **serve)
         return address, port
@@ -65,12 +68,12 @@ class Rank:
         if self.size > 1:
             from torch import distributed as dist
 
-            limit = timedelta(seconds=timeout)
-            store = self.store or dist.TCPStore(*address, self.size, False, limit)
+            patience, limit = timedelta(seconds=start_limit(timeout)), timedelta(seconds=timeout)
+            store = self.store or dist.TCPStore(*address, self.size, False, patience)
             own = ray.util.get_node_ip_address()
             store.set(f"node/{self.rank}", own)
-            nodes = {store.get(f"node/{rank}").decode() for rank in range(self.size)}
-            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface(nodes, own)
+            talk_through({store.get(f"node/{rank}").decode() for rank in range(self.size)}, own)
+            store.set_timeout(limit)  # all are there: from here on nobody is waited for longer than in a collective
             kind = backend(self.device)
             dist.init_process_group(kind, store=store, rank=self.rank, world_size=self.size, timeout=limit)
         sees = sign is None or sign.exists()
@@ -112,8 +115,24 @@ def backend(device: Any) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
+def start_limit(timeout: float) -> float:
+    """Seconds for which the ranks wait for each other before there is a process group."""
+    return max(START_LIMIT, timeout)
+
+
+def talk_through(nodes: set[str], own: str) -> None:
+    """Have gloo and NCCL use `interface(nodes, own)`, each unless this node's environment names another one."""
+    unset = [variable for variable in INTERFACES if not os.environ.get(variable)]
+    if unset:
+        os.environ |= dict.fromkeys(unset, interface(nodes, own))
+
+
 def interface(nodes: set[str], own: str) -> str:
     """The network interface through which the ranks talk: loopback if all are on one node, else the one that holds
     the address `own`, by which the cluster knows this node."""
-    wanted = "127.0.0.1" if len(nodes) == 1 else own
-    return next(name for name, held in psutil.net_if_addrs().items() if any(a.address == wanted for a in held))
+    wanted, there = "127.0.0.1" if len(nodes) == 1 else own, psutil.net_if_addrs()
+    for name, held in there.items():
+        if any(a.address == wanted for a in held):
+            return name
+    found = f"none of its network interfaces ({', '.join(sorted(there))}) holds its address {wanted}"
+    raise ClusterError(f"{socket.gethostname()}: {found}; name one in {' and '.join(INTERFACES)} on this node")

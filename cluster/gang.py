@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 
 from cluster import couriers, session, stacks
-from cluster.actor import Rank, Seat
+from cluster.actor import Rank, Seat, start_limit
 from cluster.couriers import Couriers
 from cluster.mirror import make_sign, remove_sign
 from cluster.placement import Placement
 from cluster.session import capacity, connect, gpus_each, ray
 from cluster.tasks import Done, Failed, Lost, Outcome, Task, failure, root_cause
 
-__all__ = ["RayGang", "capacity", "connect", "disconnect"]
+__all__ = ["RayGang", "capacity", "connect", "disconnect", "gpus_each"]
 
-START_LIMIT = 120.0  # seconds for a gang to be placed and joined
 GRACE = 1.0  # seconds for other ranks to report after one has failed
 NODE_GRACE = 5.0  # seconds for Ray to notice that a node has gone, after ranks have lost a peer
 STOP_LIMIT = 3.0  # seconds for killed processes to be gone
@@ -65,7 +65,7 @@ class RayGang:
         self.couriers: Couriers | None = None  # once it is known which nodes the ranks are on
         self.placement = Placement(name, size, threads, gpus, placement)
         self.ranks = [self._rank(rank, threads, gpus) for rank in range(size)]
-        self.pulse = Pulse(self.ranks, timeout)
+        self.pulse = Pulse([actor.ping.options(concurrency_group="pulse").remote for actor in self.ranks], timeout)
         self.sign = make_sign(folder)
         address = self.ranks[0].bind.remote(timeout)
         joins = [actor.join.remote(address, timeout, self.sign) for actor in self.ranks]
@@ -77,6 +77,10 @@ class RayGang:
         options = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
         actor = remote(concurrency_groups={"pulse": 1}, scheduling_strategy=place, **options)(Rank)
         return actor.remote(rank, self.size, gpus)
+
+    @property
+    def waits(self) -> bool:
+        return self.placement.waits
 
     def start(self, task: Task) -> None:
         if self.broken or self.busy:
@@ -136,9 +140,7 @@ class RayGang:
 
     def _seat(self, seat: Seat) -> None:
         self.seats[seat.rank] = seat
-        if seat.node == ray.get_runtime_context().get_node_id():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self.processes.append(psutil.Process(seat.pid))  # remembers when it began: never another with its id
+        self.processes += processes_here([seat])
 
     def _seated(self) -> None:
         self.startup_seconds = time.monotonic() - self.began
@@ -159,7 +161,7 @@ class RayGang:
         silent = self.pulse.silent()
         if silent:
             stacks.ask(self.processes)
-        elif self.startup_seconds is None and self.placement.seconds() > max(START_LIMIT, self.timeout):
+        elif self.startup_seconds is None and self.placement.seconds() > start_limit(self.timeout):
             return Lost(0, f"{self.name} has not started: its workers hang")
         return silent
 
@@ -196,12 +198,9 @@ class RayGang:
             self.couriers.forget()
         for actor in self.ranks:
             ray.kill(actor, no_restart=True)
-        for process in self.processes:  # a stopped process does not hear Ray
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
         if self.ranks:
             ray.util.remove_placement_group(self.placement.group)
-        psutil.wait_procs(self.processes, timeout=STOP_LIMIT)
+        kill(self.processes)
         self.ranks, self.processes = [], []
 
 
@@ -211,14 +210,32 @@ def disconnect() -> None:
     session.disconnect()
 
 
+def processes_here(seats: Iterable[Seat]) -> list[psutil.Process]:
+    """Of the ranks on this machine. Each remembers when it began: never another one with its id."""
+    node, found = ray.get_runtime_context().get_node_id(), []
+    for seat in seats:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [psutil.Process(seat.pid)] if seat.node == node else []
+    return found
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    """And wait until they are gone. A stopped process does not hear Ray."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=STOP_LIMIT)
+
+
 class Pulse:
     """Asks each rank for a sign of life, a few times per `timeout` seconds, with one question in flight per rank.
+    `questions`: a call of Ray's for each rank.
 
     The first answer may take as long as it likes: the rank waits for its place, or imports torch.
     """
 
-    def __init__(self, ranks: list[Any], timeout: float):
-        self.ranks, self.timeout = ranks, timeout
+    def __init__(self, questions: list[Callable[[], Any]], timeout: float):
+        self.questions, self.timeout = questions, timeout
         self.interval = min(timeout / 4, 5.0)  # seconds
         self.asked: dict[Any, tuple[int, float]] = {}  # question -> rank, when
         self.alive: set[int] = set()  # ranks that have answered once
@@ -244,6 +261,6 @@ class Pulse:
 
     def _ask(self, now: float) -> None:
         open_ranks = {rank for rank, _ in self.asked.values()}
-        for rank, actor in enumerate(self.ranks):
+        for rank, question in enumerate(self.questions):
             if rank not in open_ranks:
-                self.asked[actor.ping.options(concurrency_group="pulse").remote()] = (rank, now)
+                self.asked[question()] = (rank, now)

@@ -12,7 +12,7 @@ from cluster.tasks import Outcome, Task, attempt
 class LocalGang:
     """Runs each task within `poll`, however long it takes. Ctrl-C passes through."""
 
-    size = 1
+    size, waits = 1, False
 
     def __init__(self, name: str = "local"):
         self.name = name

@@ -104,6 +104,10 @@ class Gang(Protocol):
     size: int
     name: str
 
+    @property
+    def waits(self) -> bool:
+        """Whether the cluster has had no room for it for some seconds, and still has none."""
+
     def start(self, task: Task) -> None:
         """Run a task on every rank. One at a time: the outcome of the one before must have been polled."""
 

@@ -148,7 +148,7 @@ def member() -> Member:
 class TorchrunGang:
     """All ranks of torchrun, seen from rank 0, which runs each task within `poll`. See `cluster.tasks.Gang`."""
 
-    name = "torchrun"
+    name, waits = "torchrun", False
     numbers = iter(range(2**31))  # of process groups
 
     def __init__(self, workers: int, timeout: float = 300):

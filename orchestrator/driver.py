@@ -137,6 +137,7 @@ class Driver:
             signals.arm()
             while signals.code is None and (self.busy or (self.waiting and self.idle)):
                 self._dispatch()
+                self._hand_over()
                 self._tick()
                 self._poll()
         except ClusterError as error:
@@ -156,10 +157,24 @@ class Driver:
         while self.idle and self.waiting:
             self._start(self.idle.pop(), self.waiting.popleft())
 
+    def _hand_over(self) -> None:
+        """A gang that finds no room gives its trial to one that has room and nothing to do, whose room it may wait for."""
+        waits = [(gang, run) for gang, run in self.busy.values() if self.idle and gang.waits]
+        ready = [gang for gang in self.idle if waits and not gang.waits]
+        for (late, run), gang in zip(waits, ready, strict=False):
+            say(f"{run.trial.id}: {late.name} has found no room; {gang.name} takes it over")
+            del self.busy[late.name]
+            self.idle.remove(gang)
+            late.close()
+            self._give(gang, run)
+
     def _start(self, gang: Gang, run: Run) -> None:
         run.life, _ = advance(run.life, None, self.policy)
         run.attempts += 1
         run.rows = Tail(self.store.trial(run.trial.id) / "metrics.jsonl")
+        self._give(gang, run)
+
+    def _give(self, gang: Gang, run: Run) -> None:
         self.busy[gang.name] = (gang, run)
         if run.attempts == 1:
             folder = self.store.trial(run.trial.id)

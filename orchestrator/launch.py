@@ -20,6 +20,7 @@ class Launcher:
         if self.kind == "auto":
             one = cluster.workers == 1 and cluster.gangs in (1, "auto")
             self.kind = "torchrun" if torchrun.started() else "solo" if one else "gang"
+        self.gpus = 0  # per worker, of each gang of the study: never fewer because a node is away
         self.in_process = self.kind in ("solo", "torchrun")  # trials run in the driver's own process
         self.disconnect: Callable[[], None] = lambda: None
 
@@ -32,7 +33,8 @@ class Launcher:
         self.disconnect = gang.disconnect
         wanted = self.cluster.gangs
         gang.connect(self.cluster.workers * self.cluster.threads * (1 if wanted == "auto" else wanted))
-        room = gang.capacity(self.cluster.workers, self.cluster.threads)
+        self.gpus = gang.gpus_each(self.cluster.workers)
+        room = gang.capacity(self.cluster.workers, self.cluster.threads, self.gpus)
         return [self._gang(i) for i in range(min(room if wanted == "auto" else wanted, room, trials))]
 
     def _gang(self, number: int) -> Gang:
@@ -43,7 +45,7 @@ class Launcher:
             return torchrun.TorchrunGang(workers, timeout)
         kind = train_gang() if self.kind == "ray_train" else ray_gang()
         place = {"placement": self.cluster.placement, "folder": self.folder}
-        return kind(workers, threads, timeout=timeout, name=f"gang{number}", **place)
+        return kind(workers, threads, self.gpus, timeout=timeout, name=f"gang{number}", **place)
 
     def replace(self, gang: Gang) -> Gang | None:
         """A new gang for one that can no longer be used; None where lost workers cannot be started anew from here."""

@@ -255,15 +255,15 @@ def patch_deepspeed(module: Any, here: Here) -> None:
 
 
 def patch_actor(module: Any, here: Here) -> None:
-    def bind(rank: Any, *_: Any) -> None:
-        fault = here.at("bind", rank.rank)
+    def meet(place: str, rank: Any) -> None:
+        fault = here.at(place, rank.rank)
         if fault:
             time.sleep(0.5)  # for its first sign of life to be out
             strike(fault)
 
-    before(module.Rank, "bind", bind)
-    for place, name in (("join", "_join"), ("reset", "reset")):
-        before(module.Rank, name, lambda rank, *_, place=place: here.pass_by(place, rank.rank))
+    before(module.Rank, "bind", lambda rank, *_: meet("bind", rank))
+    before(module.Rank, "_join", lambda rank, *_: meet("join", rank))
+    before(module.Rank, "reset", lambda rank, *_: here.pass_by("reset", rank.rank))
 
 
 def patch_store(module: Any, here: Here) -> None:

@@ -24,7 +24,7 @@ TASK = Task(print, None)
 class FakeGang:
     """Plays one outcome, and refuses what a real gang refuses."""
 
-    size, name = 2, "fake"
+    size, name, waits = 2, "fake", False
 
     def __init__(self, script: Iterable[Outcome]):
         self.script, self.broken, self.started, self.closed = iter(script), False, False, False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,20 +15,9 @@ from cluster.gang import Pulse
 from cluster.tasks import Lost
 
 
-class Fake:
-    """A rank whose answers to `ping` are numbers, and may never come."""
-
-    numbers = itertools.count()
-
-    @property
-    def ping(self) -> Fake:
-        return self
-
-    def options(self, concurrency_group: str) -> Fake:
-        return self
-
-    def remote(self) -> int:
-        return next(self.numbers)
+def asked() -> list[Callable[[], int]]:
+    """One rank, whose answers are numbers, and may never come."""
+    return [itertools.count().__next__]
 
 
 @pytest.fixture
@@ -44,7 +34,7 @@ def time(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 @pytest.fixture
 def pulse(time: dict[str, float]) -> Pulse:
     """Of a rank that has answered once, and was asked again."""
-    pulse = Pulse([Fake()], timeout=4.0)
+    pulse = Pulse(asked(), timeout=4.0)
     for time["answers"] in (0.0, 1.0):
         assert pulse.silent() is None
         time["now"] += 1.0
@@ -54,7 +44,7 @@ def pulse(time: dict[str, float]) -> Pulse:
 
 def test_a_rank_that_starts_may_be_silent(time: dict[str, float]) -> None:
     """It waits for its place, or imports torch."""
-    pulse = Pulse([Fake()], timeout=4.0)
+    pulse = Pulse(asked(), timeout=4.0)
     for _ in range(20):
         assert pulse.silent() is None
         time["now"] += 0.5
