@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
@@ -23,6 +24,7 @@ from orchestrator.files import sync_directory, unfinished, write_atomic
 from strategies.contract import State
 
 FILES = ("tensors.safetensors", "state.json")
+DAMAGE = (OSError, ValueError, KeyError, TypeError, SafetensorError)  # what reading such files may raise
 
 
 def encode(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
@@ -86,11 +88,11 @@ def restore(old: Any, new: Any) -> Any:
 
 def save(folder: Path, step: int, content: dict[str, Any], keep: int = 2) -> Path:
     """Write `content` as `folder/step_<step>`, then delete all but the newest `keep` up to there: what claims a later step was
-    passed over as damaged when this run began."""
+    passed over when this run began. Nobody else writes in `folder`."""
     tensors: dict[str, torch.Tensor] = {}
     tree = encode(content, tensors)
     blobs = (save_tensors(tensors), json.dumps(tree).encode())
-    final = folder / f"step_{step:09d}"
+    final = folder / _name(step)
     part = folder / f".part_{step:09d}"
     with unfinished(part):
         for name, blob in zip(FILES, blobs, strict=True):
@@ -101,29 +103,38 @@ def save(folder: Path, step: int, content: dict[str, Any], keep: int = 2) -> Pat
     sync_directory(folder)
     there = list(_newest_first(folder))
     kept = [path for path in there if path.name <= final.name][:keep]
-    for path in {*there} - {*kept}:
+    abandoned = folder.glob(".part_*")  # by a writer that was killed
+    for path in {*there, *abandoned} - {*kept}:
         shutil.rmtree(path, ignore_errors=True)
     return final
 
 
-def load(folder: Path) -> dict[str, Any] | None:
-    """The newest whole checkpoint, decoded, or None; warns about each damaged one that it passes over."""
+def load(folder: Path, last: int | None = None) -> dict[str, Any] | None:
+    """The newest whole checkpoint, decoded, or None; warns about each one that it passes over, damaged or later than step
+    `last`, at which the rows of metrics end."""
     for path in _newest_first(folder):
+        if last is not None and path.name > _name(last):
+            warnings.warn(f"{path}: checkpoint passed over: the rows of metrics end at step {last}", stacklevel=2)
+            continue
         try:
             return read(path)
-        except (OSError, ValueError, KeyError) as error:
+        except DAMAGE as error:
             warnings.warn(f"{path}: damaged checkpoint passed over ({error})", stacklevel=2)
     return None
 
 
 def read(path: Path) -> dict[str, Any]:
-    """One checkpoint, decoded. Raises ValueError if a checksum differs, OSError if a file is missing."""
+    """One checkpoint, decoded. Raises one of DAMAGE: ValueError if a checksum differs, OSError if a file is missing."""
     manifest = json.loads((path / "manifest.json").read_text())
     blobs = {name: (path / name).read_bytes() for name in FILES}
     for name, blob in blobs.items():
         if _sha(blob) != manifest[name]:
             raise ValueError(f"{name} differs from its checksum")
     return decode(json.loads(blobs["state.json"]), load_tensors(blobs["tensors.safetensors"]))
+
+
+def _name(step: int) -> str:
+    return f"step_{step:09d}"
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:

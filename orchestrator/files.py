@@ -35,13 +35,13 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def unfinished(part: Path) -> Iterator[None]:
-    """Around all that is written into a new directory under a passing name, with its renaming: gone if that fails, since a
-    full disk needs the room."""
+    """Around all that is written into a new directory under a passing name, with its renaming: gone if that fails or is
+    broken off, since a full disk needs the room."""
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         yield
-    except OSError:
+    except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
 

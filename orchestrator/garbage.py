@@ -39,6 +39,8 @@ def collect(runs: Path, delete: bool) -> list[Unused]:
         found = unused(runs)
         for item in found:
             _delete(item.path)
+        for sign in runs.glob(".driver-*"):  # an empty file of a driver that was killed: none is at work here now
+            sign.unlink(missing_ok=True)
     return found
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from orchestrator.files import append_line, open_lines, read_lines, write_atomic
+from orchestrator.files import append_line, naming, open_lines, read_lines, write_atomic
 
 
 class Rows:
@@ -40,6 +41,19 @@ class Rows:
         """All rows on file, none if there is no file."""
         return read_lines(self.path) if self.path.exists() else []
 
+    def last_step(self) -> int:
+        rows = self.read()
+        return rows[-1]["step"] if rows else 0
+
+    def sync(self) -> None:
+        """What is to outlive a power failure only together with its rows comes after this."""
+        if self.file:
+            try:
+                os.fsync(self.file.fileno())
+            except OSError as error:
+                raise naming(self.path, error) from error
+
     def close(self) -> None:
         if self.file:
+            self.sync()
             self.file.close()

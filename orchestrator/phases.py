@@ -43,7 +43,7 @@ class PhaseStore:
                 raise ValueError("weights.safetensors differs from its checksum")
             content = checkpoint.decode(record["content"], load(blob))
             return Record(content["weights"], record["rows"], record["progress"], content["state"])
-        except (OSError, ValueError, KeyError) as error:
+        except checkpoint.DAMAGE as error:
             warnings.warn(f"{folder}: damaged phase passed over ({error})", stacklevel=2)
             return None
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator import checkpoint
+from orchestrator.signals import Stopped
 from strategies.contract import State
 
 leaves = st.one_of(
@@ -114,6 +115,34 @@ def test_a_crash_at_any_write_leaves_the_one_before(tmp_path: Path, monkeypatch:
         monkeypatch.undo()
         found = checkpoint.load(tmp_path)
         assert found is not None and found["own"]["average"][0] == 1.0
+
+
+def test_a_save_that_is_broken_off_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a signal, where the driver trains itself."""
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    monkeypatch.setattr(os, "rename", stop)
+    with pytest.raises(Stopped):
+        checkpoint.save(tmp_path, 2, content(2.0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_left_is_gone_after_the_next_save(tmp_path: Path) -> None:
+    (tmp_path / ".part_000000001").mkdir()
+    (tmp_path / ".part_000000001" / "tensors.safetensors").write_bytes(b"large")
+    checkpoint.save(tmp_path, 2, content(2.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000000002"]
+
+
+def test_none_is_loaded_that_is_later_than_the_rows(tmp_path: Path) -> None:
+    for step in (340, 360, 400):
+        checkpoint.save(tmp_path, step, {"n": step}, keep=3)
+    with pytest.warns(UserWarning, match="step_000000400: checkpoint passed over: the rows of metrics end at step 380"):
+        assert checkpoint.load(tmp_path, 380) == {"n": 360}
+    with pytest.warns(UserWarning, match="end at step 0"):
+        assert checkpoint.load(tmp_path, 0) is None
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

@@ -51,6 +51,17 @@ def test_what_no_study_uses_is_deleted(runs: Path) -> None:
     assert collect(runs, delete=True) == []
 
 
+def test_signs_of_killed_drivers_go_too(runs: Path) -> None:
+    sign = runs / ".driver-0123456789abcdef"
+    sign.touch()
+    with Store(runs / "study").lock(), pytest.raises(Busy):
+        collect(runs, delete=True)
+    collect(runs, delete=False)
+    assert sign.exists()
+    collect(runs, delete=True)
+    assert not sign.exists()
+
+
 def test_nothing_is_deleted_beside_a_running_study(runs: Path) -> None:
     with Store(runs / "study.old1").lock(), pytest.raises(Busy):
         collect(runs, delete=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,43 @@ def test_a_damaged_checkpoint_costs_steps_not_the_result(tmp_path: Path) -> None
     with pytest.warns(UserWarning, match="damaged"):
         resumed = train(baseline(), tmp_path / "broken", save_seconds=0)
     assert distance(resumed, unbroken) == 0
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_checkpoint_that_outlived_its_rows_is_passed_over(tmp_path: Path, lost: int) -> None:
+    """After a power failure, or in a copy of the study that lacks rows: no hole is left in the curve."""
+    unbroken = train(baseline(), tmp_path / "unbroken")
+    with pytest.raises(InterruptedError):
+        train(baseline(), tmp_path / "broken", Blobs(fail_at=96), save_seconds=0)
+    rows = tmp_path / "broken" / "trial" / "metrics.jsonl"
+    rows.write_bytes(b"".join(rows.read_bytes().splitlines(keepends=True)[:-lost]))
+    with pytest.warns(UserWarning, match="passed over: the rows of metrics end at step"):
+        resumed = train(baseline(), tmp_path / "broken", save_seconds=0)
+    assert distance(resumed, unbroken) == 0
+    assert without_seconds(resumed.rows) == without_seconds(unbroken.rows)
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_of_their_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "trial" / "metrics.jsonl"
+    fsync, rename = os.fsync, os.rename
+    synced, saved = [0], []
+
+    def flush(file: int) -> None:
+        fsync(file)
+        if rows.exists() and os.path.samestat(os.fstat(file), rows.stat()):
+            synced.append(len(rows.read_bytes().splitlines()))
+
+    def move(part: Path, final: Path) -> None:
+        if final.name.startswith("step_"):
+            saved.append((int(final.name[5:]), synced[-1]))
+        rename(part, final)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "rename", move)
+    train(baseline(), tmp_path, save_seconds=0)
+    assert saved == [(step, step) for step in range(1, 12)]
 
 
 @pytest.mark.parametrize("peak", [1e9, 30.0])
