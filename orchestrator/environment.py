@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,9 @@ VARIABLES = re.compile(r"OMP_NUM_THREADS|CUDA_VISIBLE_DEVICES|BIGBATCH_\w+")
 SECRET = re.compile(
     r"(^|[_\W])(api[_-]?key|access[_-]?key|private[_-]?key|secret|password|passwd|passphrase|credentials?|token|auth)$"
 )
-USERINFO = re.compile(r"(:/{1,2})[^/\s@]+@")  # one slash: what a path makes of a URL
-NAMED = re.compile(r"""([\w.-]+)["']?\s*[:=]\s*""")
-VALUE = re.compile(r""""[^"]*"|'[^']*'|[^,}\]]*""")
+USERINFO = re.compile(r"(:/{1,2})[^/\s]+@")  # one slash: what a path makes of a URL
+NAMED = re.compile(r"""(?<![\w.-])([\w.-]+)[\\"'\]]*\s*[:=][ \t]*""")
+ENTRY = re.compile(r"\s*#|.*[:=]")  # what begins a comment or a key
 SHORTEST = 8  # characters of a secret that is looked for wherever it may stand
 HIDDEN = "***"
 
@@ -130,16 +131,37 @@ def _redact_string(text: str) -> str:
 
 
 def redact_text(text: str) -> str:
-    """As `redact`, for text that people write, also where it says `password: ...` or `token=...`, in a comment or not."""
-    return redact("".join(map(_redact_line, text.splitlines(keepends=True))))
+    """As `redact`, for text that people write, also where it says `password: ...` or `token=...`, in a comment or not. The
+    rest of such a line goes, and the lines that the value may go on in: a copy to be read is worth less than a secret."""
+    return redact("".join(_without_secrets(text.splitlines(keepends=True))))
 
 
-def _redact_line(line: str) -> str:
-    named = next((m for m in NAMED.finditer(line) if is_secret(m[1])), None)
-    value = VALUE.match(line.rstrip("\n"), named.end()) if named else None
-    if not named or not value:
-        return line
-    return line[: named.end()] + HIDDEN + _redact_line(line[value.end() :])
+def _without_secrets(lines: list[str]) -> Iterator[str]:
+    key: str | None = None  # what stands before the key whose value may go on
+    for line in lines:
+        if key is not None and _goes_on(line, key):
+            continue
+        shown = _hide(line)
+        key = _leading(line, " \t#?-") if shown else None
+        yield f"{shown}\n" if shown else line
+
+
+def _goes_on(line: str, key: str) -> bool:
+    """Whether a line may belong to the value of the last key: it is indented deeper, or begins nothing else."""
+    if "#" in key:
+        before = _leading(line, " \t#")
+        return "#" in before and len(before) > len(key)
+    return len(_leading(line, " \t")) > len(key) or not ENTRY.match(line)
+
+
+def _leading(line: str, characters: str) -> str:
+    return line[: len(line) - len(line.lstrip(characters))]
+
+
+def _hide(text: str) -> str | None:
+    """With *** for all that follows the first name of a secret; None if there is no such name."""
+    ends = (named.end() for named in NAMED.finditer(text) if is_secret(named[1]))
+    return next((text[:end] + HIDDEN for end in ends), None)
 
 
 def is_secret(name: str) -> bool:
@@ -148,16 +170,9 @@ def is_secret(name: str) -> bool:
 
 
 def redact_command(arguments: list[str]) -> list[str]:
-    """A command line with *** for what follows an option, or an assignment to a name, that looks like a secret."""
+    """A command line with *** for what follows an option, an assignment or a key of a map that looks like a secret."""
     before = ["", *arguments]
     return [
-        HIDDEN if option.startswith("-") and is_secret(option) else _redact_argument(argument)
+        HIDDEN if option.startswith("-") and is_secret(option) else redact(_hide(argument) or argument)
         for option, argument in zip(before, arguments, strict=False)
     ]
-
-
-def _redact_argument(argument: str) -> str:
-    """Also where it assigns twice: `--set=api_key=...`."""
-    parts = argument.split("=")
-    secret = next((i for i, name in enumerate(parts[:-1], 1) if is_secret(name)), None)
-    return redact(argument) if secret is None else "=".join([*parts[:secret], HIDDEN])

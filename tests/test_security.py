@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import os
 import pickle
 import subprocess
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 from orchestrator import checkpoint
 from orchestrator.cli import app
 from orchestrator.environment import redact, redact_text
+from orchestrator.phases import PhaseStore, Record
 from orchestrator.progress import Progress
 from orchestrator.recipe import RecipeError
 from orchestrator.recipe.choices import Name
@@ -96,15 +98,33 @@ class Bomb:
         return (os.mkdir, (str(self.mark),))
 
 
+def put_pickle(tensors: Path, checksums: Path) -> Path:
+    """In the place of a file of tensors, its checksum put right. What there would be if it were read as a pickle."""
+    mark, old = tensors.with_name("went off"), tensors.read_bytes()
+    bomb = pickle.dumps(Bomb(mark))
+    tensors.write_bytes(bomb)
+    before = checksums.read_text()
+    checksums.write_text(before.replace(*[hashlib.sha256(blob).hexdigest() for blob in (old, bomb)]))
+    assert checksums.read_text() != before
+    return mark
+
+
 def test_a_pickle_in_the_place_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
-    folder = checkpoint.save(tmp_path, 1, {"weights": {"a": torch.ones(2)}})
-    bomb = pickle.dumps(Bomb(tmp_path / "went off"))
-    (folder / "tensors.safetensors").write_bytes(bomb)
-    manifest = folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(*[checkpoint._sha(b) for b in (b"", bomb)]))
-    with pytest.warns(UserWarning, match="damaged checkpoint passed over"):
-        assert checkpoint.load(tmp_path) is None
-    assert not (tmp_path / "went off").exists()
+    """And the one before it is used."""
+    folders = [checkpoint.save(tmp_path, step, {"weights": {"a": torch.full((2,), step)}}) for step in (1, 2)]
+    mark = put_pickle(folders[1] / "tensors.safetensors", folders[1] / "manifest.json")
+    with pytest.warns(UserWarning, match="step_000000002: damaged checkpoint passed over"):
+        found = checkpoint.load(tmp_path)
+    assert found and found["weights"]["a"].tolist() == [1, 1] and not mark.exists()
+
+
+def test_a_pickle_in_the_place_of_a_phase_is_refused(tmp_path: Path) -> None:
+    store, record = PhaseStore(tmp_path), Record({"a": torch.ones(2)}, [{"step": 1}], {"steps": 1})
+    store.put("phase", record)
+    mark = put_pickle(tmp_path / "phase" / "weights.safetensors", tmp_path / "phase" / "record.json")
+    with pytest.warns(UserWarning, match="damaged phase passed over"):
+        assert store.get("phase") is None
+    assert not mark.exists()
 
 
 def test_a_recipe_names_code_only_if_that_is_allowed() -> None:
@@ -204,6 +224,28 @@ num_tokens: 12
     assert CANARY not in kept and "words" not in kept and "num_tokens: 12" in kept and "@host/data.npz" in kept
 
 
+@pytest.mark.parametrize(
+    "value",
+    [f"ab,{CANARY}", f"ab}}{CANARY}", rf'"ab\"{CANARY}"', f"'it''s-{CANARY}'", f'"ab\n{CANARY}"', f"\n    {CANARY}",
+     f"|\n    {CANARY}\n\n    {CANARY}", f">-\n      {CANARY}", f"\n  - ab\n  - {CANARY}", f"{{\n{CANARY}}}",
+     f"ab\r\n    {CANARY}"],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["password: ", '"api_key": ', r"x: {\"token\": ", "- secret: "])
+def test_a_secret_is_hidden_to_its_end(key: str, value: str) -> None:
+    """However it is quoted and wherever it ends; what comes after it stays."""
+    kept = redact_text(f"a:\n  {key}{value}\n  rest: 1\n")
+    assert kept.startswith(f"a:\n  {key.rstrip()}") and kept.endswith("***\n  rest: 1\n") and CANARY not in kept
+
+
+def test_a_secret_in_a_comment_ends_with_the_comment() -> None:
+    given = f"# api_key:\n#   {CANARY}\n# more\n    batch: 8\n# token: {CANARY}\n    epochs: 1\n"
+    assert redact_text(given) == "# api_key:***\n# more\n    batch: 8\n# token: ***\n    epochs: 1\n"
+
+
+def test_the_user_part_of_a_url_ends_with_its_last_at() -> None:
+    assert redact(f"get https://user:pa@{CANARY}@host/a@b") == "get https://***@host/a@b"
+
+
 def test_the_value_of_a_secret_variable_is_hidden_wherever_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", CANARY)
     monkeypatch.setenv("SHORT_TOKEN", "no")  # what is this short stands in many a word
@@ -262,6 +304,9 @@ def test_a_planted_secret_is_nowhere_in_the_study(tmp_path: Path) -> None:
         str(runs),
         "--set=base.rate.peak=0.01",
         f"--set=workload.data.npz.path=https://me:{CANARY}b@host/data.npz",
+        "--set",
+        f"engine.deepspeed.extra={{comet: {{api_key: {CANARY}d}}}}",
+        "--set=engine=solo",  # after all
     ]
     command = [sys.executable, "-m", "orchestrator", "run", str(tmp_path / "r.yaml"), *options]
     for _ in range(2):

@@ -84,6 +84,14 @@ def test_redacted_command_keeps_the_rest() -> None:
     assert redact_command(given) == shown
 
 
+@pytest.mark.parametrize(
+    "value", ["{comet: {api_key: canary}}", '{"api_key": "ab,canary", b: 1}', "{api_key:\n canary}"]
+)
+def test_a_secret_in_a_map_on_the_command_line_is_hidden(value: str) -> None:
+    (shown,) = redact_command([f"--set=engine.deepspeed.extra={value}"])
+    assert shown.startswith("--set=engine.deepspeed.extra={") and shown.endswith("***") and "canary" not in shown
+
+
 def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
