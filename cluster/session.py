@@ -20,13 +20,19 @@ OBJECT_STORE = 100 * 2**20  # bytes; tasks and results are small
 KNOCK_LIMIT = 5.0  # seconds
 
 
+def address() -> str:
+    """Of the user's cluster; empty where there is none to be used: `local` is Ray's word for a new one."""
+    named = os.environ.get("RAY_ADDRESS", "")
+    return "" if named == "local" else named
+
+
 def guard() -> None:
     """Set what Ray reads from the environment when it is imported. Without a token of our own, the cluster that we may
     start would write one to the home directory, and other clusters of the user would then ask for it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "."  # else it prints its own remarks to stdout, log_to_driver or not
-    if "RAY_ADDRESS" not in os.environ and "ray" not in sys.modules:
+    if not address() and "ray" not in sys.modules:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault(
@@ -51,18 +57,18 @@ def connect(cpus: int = 1) -> None:
     Call it on the main thread: the private cluster ends with the thread that started it. Raises ClusterError.
     """
     stacks.listen()
-    address = os.environ.get("RAY_ADDRESS")
+    theirs = address()
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        if address:
-            knock(address)
-            ray.init(address=address, **quiet)
+        if theirs:
+            knock(theirs)
+            ray.init(address=theirs, **quiet)
         else:
             start(cpus, quiet)
     except Exception as error:  # ray.init raises bare ones too
         disconnect()
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ClusterError(f"no Ray cluster at {address or 'this machine'}: {line}") from None
+        raise ClusterError(f"no Ray cluster at {theirs or 'this machine'}: {line}") from None
 
 
 def knock(address: str) -> None:

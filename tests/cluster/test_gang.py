@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from cluster.actor import Rank
 from cluster.gang import RayGang, capacity, connect, disconnect, ray
 from cluster.local import LocalGang
 from cluster.reaper import family
@@ -247,6 +248,28 @@ def test_a_gang_that_lost_its_rank_before_the_first_poll(gangs: Callable[..., Ra
     assert isinstance(run(gangs(), die), Lost)
 
 
+class LateRank(Rank):
+    """Its machine takes longer to start."""
+
+    def __init__(self, rank: int, size: int, gpus: int):
+        time.sleep(8.0 * rank)
+        super().__init__(rank, size, gpus)
+
+
+def limit(worker: Worker, argument: Any) -> float:
+    world: Any = torch.distributed.group.WORLD
+    return float(world._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_one_that_is_slow_to_start(
+    gangs: Callable[..., RayGang], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than for one in a collective."""
+    monkeypatch.setattr("cluster.gang.Rank", LateRank)
+    assert run(gangs(timeout=4), limit) == Done(4.0)
+
+
 # ----------------------------------------------------------------------------------------------------------- cluster
 
 
@@ -310,8 +333,16 @@ if __name__ == "__main__":
 """
 
 
-def test_cluster_is_on_loopback_and_does_not_outlive_a_killed_driver(tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+NO_ADDRESS = [None, pytest.param("", marks=pytest.mark.slow), pytest.param("local", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("address", NO_ADDRESS)
+def test_cluster_is_on_loopback_and_does_not_outlive_a_killed_driver(tmp_path: Path, address: str | None) -> None:
+    """Whatever word for "none" stands in the environment, of which nothing was set by this very process."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_ADDRESS": address or ""}
+    env |= {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    if address is None:
+        del env["RAY_ADDRESS"]
     driver = subprocess.Popen([sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT)
     family: list[psutil.Process] = []
     try:

@@ -42,6 +42,7 @@ class Driver:
         environment: dict[str, str],
         steps: int = 400,
         inside: Sequence[str] = (),
+        words: Sequence[str] = (),
     ):
         text = RECIPE.replace("NAME", name).replace("FOLDER", str(folder)).replace("CLUSTER", cluster)
         recipe = folder / f"{name}.yaml"
@@ -49,7 +50,7 @@ class Driver:
         self.runs = folder / f"runs_{name}"
         self.study = self.runs / name
         self.began = time.monotonic()
-        command = [*inside, sys.executable, "-m", "orchestrator", "run", str(recipe), "-o", str(self.runs)]
+        command = [*inside, sys.executable, "-m", "orchestrator", "run", str(recipe), "-o", str(self.runs), *words]
         self.process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment)
 
     def end(self, limit: float = 90) -> tuple[int, str]:
@@ -199,6 +200,20 @@ def test_a_node_is_lost_in_mid_step(folder: Path, pair: Nodes, near: Driver, ran
     assert driver.weights() == near.weights()
     assert without_seconds(driver.rows()) == without_seconds(near.rows())
     assert [row["step"] for row in driver.rows()] == [row["step"] for row in near.rows()]
+
+
+@pytest.mark.slow
+def test_a_node_is_lost_and_none_takes_its_place(folder: Path) -> None:
+    """Of two trials on two nodes, the one whose node goes waits for the other, and takes over its gang."""
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as temporary, nodes(folder, Path(temporary)) as made:
+        kept, lost = made.add(2), made.add(2)
+        assert raylet(kept) != raylet(lost)
+        driver = Driver(folder, "alone", HERE, made.environment(), words=["--set", "seeds=2"])
+        until(lambda: len(list(driver.study.glob("trials/*/checkpoints/step_*/manifest.json"))) >= 2, 90)
+        made.remove(lost)
+        code, err = driver.end()
+    assert code == 0, err
+    assert err.count("was lost") == 1 and err.count("has found no room; gang") == 1, err
 
 
 def until_saved(driver: Driver) -> None:

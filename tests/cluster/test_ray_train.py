@@ -116,3 +116,54 @@ def test_closed_at_work(gang: TrainGang) -> None:
     gang.close()
     assert time.monotonic() - began < 15
     assert not alive(outcome.value)
+
+
+def rest(worker: Worker, seconds: float) -> None:
+    time.sleep(seconds)
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_is_noticed() -> None:
+    """Also where no other one waits for it."""
+    gang = TrainGang(1, timeout=5)
+    try:
+        outcome = run(gang, processes)
+        assert isinstance(outcome, Done)
+        gang.start(Task(rest, 60.0, "ddp"))
+        assert gang.poll(0.5) is None
+        os.kill(outcome.value[0], signal.SIGSTOP)
+        assert gang.poll(20) == Lost(0, "no sign of life from rank 0 for 5 s")
+    finally:
+        gang.close()
+    assert not alive(outcome.value)
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_is_blamed_not_the_one_that_waits_for_it() -> None:
+    gang = TrainGang(2, timeout=5)
+    try:
+        outcome = run(gang, processes)
+        assert isinstance(outcome, Done)
+        gang.start(Task(wait_for_peer, 60.0, "ddp"))
+        assert gang.poll(0.5) is None
+        os.kill(outcome.value[1], signal.SIGSTOP)
+        lost = gang.poll(20)
+        assert isinstance(lost, Lost) and lost.rank == 1, lost
+    finally:
+        gang.close()
+    assert not alive(outcome.value)
+
+
+@pytest.mark.slow
+def test_it_waits_for_room_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    gang = TrainGang(64, timeout=30)
+    try:
+        gang.start(Task(rest, 1.0, "ddp"))
+        end = time.monotonic() + 30
+        while not gang.waits:
+            assert gang.poll(0.5) is None and time.monotonic() < end
+        began = time.monotonic()
+    finally:
+        gang.close()
+    assert time.monotonic() - began < 3  # nothing of it has started
+    assert capsys.readouterr().err.count("gang waits for room for 64 workers x (1 CPUs, 0 GPUs): free on the") == 1
