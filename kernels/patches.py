@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 
@@ -52,6 +53,7 @@ class PatchConvolution(torch.autograd.Function):
         return out.view(n, high, wide, -1).permute(0, 3, 1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         gathered, weight = ctx.saved_tensors
         rows = grad.permute(0, 2, 3, 1).reshape(len(gathered), -1)

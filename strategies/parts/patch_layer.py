@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import fold, pad
 
 from strategies.contract import PlanError
@@ -43,6 +44,7 @@ class AffineOverPatches(torch.autograd.Function):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (x, weight), layer = ctx.saved_tensors, ctx.layer
         matrix = _matrix(layer, weight)

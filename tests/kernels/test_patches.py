@@ -51,6 +51,15 @@ def test_gradients_by_finite_differences():
         torch.autograd.gradcheck(lambda x, w, s=stride: PatchConvolution.apply(x, w, s, (1, 1)), (x, weight))
 
 
+def test_second_derivatives_are_refused():
+    x = torch.randn(2, 2, 4, 4, requires_grad=True)
+    weight = torch.randn(3, 2, 3, 3, requires_grad=True)
+    loss = PatchConvolution.apply(x, weight, (1, 1), (1, 1)).square().sum()
+    first = torch.autograd.grad(loss, weight, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
 def test_fold_is_the_transpose_of_patches():
     x = torch.randn(2, 3, 6, 5, dtype=torch.float64)
     p = patches(x, (3, 2), (2, 1), (1, 1))

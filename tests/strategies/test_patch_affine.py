@@ -81,6 +81,14 @@ def test_it_is_autograds_convolution(shape: dict[str, Any], chunk: int) -> None:
         assert torch.allclose(found[name], value, rtol=1e-13, atol=1e-13), name
 
 
+def test_second_derivatives_are_refused() -> None:
+    conv = by_patches(convolution(SHAPES["padded"]))
+    x = images().requires_grad_()
+    (first,) = torch.autograd.grad(conv(x).square().sum(), conv.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
 def test_a_chunk_bounds_the_patches_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     conv = by_patches(nn.Conv2d(4, 8, 3, padding=1), replace(EXPAND, chunk=1))
     made: list[int] = []
