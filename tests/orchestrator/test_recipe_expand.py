@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,13 @@ def test_ids_are_the_same_in_another_process() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], input=TEXT, capture_output=True, text=True, timeout=60)
     assert done.stdout.split() == ids()
+
+
+def test_the_speed_recipe_evaluates_once() -> None:
+    """After its last step."""
+    (shipped,) = (load(path) for path in SHIPPED if path.stem == "cifar10_speed")
+    steps = math.ceil(shipped.base.epochs * 50_000 / shipped.base.batch)
+    assert shipped.workload.evaluate.in_steps(50_000, shipped.base.batch) >= steps
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
