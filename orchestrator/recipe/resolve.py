@@ -20,7 +20,6 @@ from orchestrator.recipe.study_schema import Arm, Recipe
 from orchestrator.recipe.workload_schema import Data, Workload
 from orchestrator.recipe.yaml_nodes import scalar
 from orchestrator.search import space
-from orchestrator.search.designs import design
 
 Number: TypeAlias = Literal["fp32", "bf16", "fp64"]
 
@@ -112,8 +111,7 @@ def settings(recipe: Recipe) -> Iterator[Point]:
 
 def designed(cell: Point, search: Search) -> list[Point]:
     """The points of a search in a cell, the same at each point of the grid; none if each goes by results."""
-    drawn = design(search.method.name, search.points, len(space.axes(search)), search.seed)
-    return [cell.at(space.place(search, unit)) for unit in drawn]
+    return [cell.at(values) for values in space.designed(search)]
 
 
 def seeds(recipe: Recipe) -> list[int]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from statistics import NormalDist
 
 from orchestrator.recipe.search_schema import Axis, Search
+from orchestrator.search.designs import design
 
 EDGE = 0.05  # of a box's side, as the axis is scaled: a best point this close to an end may have a better one beyond it
 FIGURES = 4  # significant ones of a value: enough for any search, and the same on every machine
@@ -58,17 +59,33 @@ def position(axis: Axis, value: float) -> float:
     return math.log((1 - value) / (1 - low)) / math.log((1 - high) / (1 - low))
 
 
+def designed(search: Search) -> list[dict[str, float]]:
+    """The points that no result decides, the same in every cell."""
+    units = design(search.method.name, search.points, len(axes(search)), search.seed)
+    return [place(search, unit) for unit in units]
+
+
 def edges(search: Search, values: dict[str, float]) -> list[str]:
-    """A phrase for each axis on which the point lies at the edge of the box: the best may lie beyond."""
-    return [text for path, axis in axes(search).items() if (text := _edge(axis, path, values[path]))]
+    """A phrase for each axis on which the point lies at the edge of the box or is the outermost of the design, which may be far
+    from the edge where points are few: the best may lie beyond."""
+    tried = designed(search)
+    found = ((path, axis, [point[path] for point in tried]) for path, axis in axes(search).items())
+    return [text for path, axis, others in found if (text := _edge(axis, path, values[path], others))]
 
 
-def _edge(axis: Axis, path: str, value: float) -> str | None:
-    u = position(axis, value)
-    if axis.name == "exponential" or EDGE <= u <= 1 - EDGE:
+def _edge(axis: Axis, path: str, value: float, tried: Sequence[float]) -> str | None:
+    if axis.name == "exponential" or not (at := _side(position(axis, value), [position(axis, t) for t in tried])):
         return None
     low, high = axis.options
-    return f"{path} {value:g} at the {'lower' if u < EDGE else 'upper'} edge of [{low:g}, {high:g}]"
+    return f"{path} {value:g} at the {at} edge of [{low:g}, {high:g}]"
+
+
+def _side(u: float, tried: Sequence[float]) -> str | None:
+    """Of a single point, no end is told."""
+    low, high = (min(tried), max(tried)) if len(tried) > 1 else (0.0, 1.0)
+    if u < EDGE or u <= low:
+        return "lower"
+    return "upper" if u > 1 - EDGE or u >= high else None
 
 
 def side(told: str, path: str) -> str | None:

@@ -130,7 +130,7 @@ def test_positions_are_the_inverse_of_values(axis: dict[str, Any], u: float) -> 
 
 
 def test_edges_are_five_percent_of_the_box_on_its_own_scale() -> None:
-    search = recipe().search
+    search = recipe("search.points=64").search
     assert search
 
     def edges(peak: float, momentum: float) -> list[str]:
@@ -145,6 +145,25 @@ def test_edges_are_five_percent_of_the_box_on_its_own_scale() -> None:
     ]
     free = recipe("search.space={base.rate.peak: {exponential: 0.1}}").search
     assert free and space.edges(free, {"base.rate.peak": 1e9}) == []
+
+
+@pytest.mark.parametrize("points", [4, 7, 8, 16, 20])
+@pytest.mark.parametrize("method", ["sobol", "halton"])
+def test_the_outermost_points_of_a_design_are_edges(method: str, points: int) -> None:
+    """Few points leave a gap at the ends that is wider than 5 % of the box."""
+    search = recipe(f"search.method={method}", f"search.points={points}").search
+    assert search
+    for path, axis in space.axes(search).items():
+        tried = sorted(space.designed(search), key=lambda point: point[path])
+        told = [space.side("; ".join(space.edges(search, point)), path) for point in tried]
+        assert (told[0], told[-1]) == ("lower", "upper")
+        far = [0.05 <= space.position(axis, point[path]) <= 0.95 for point in tried]
+        assert not any(side for side, inside in zip(told[1:-1], far[1:-1], strict=True) if inside)
+
+
+def test_a_single_point_is_at_no_edge() -> None:
+    search = recipe("search.points=1").search
+    assert search and space.edges(search, space.place(search, (0.3, 0.6))) == []
 
 
 # --------------------------------------------------------------------------------------------------------------- optuna
