@@ -32,7 +32,9 @@ class Difference:
     n: int
     below: int  # pairs whose difference is below zero for certain
     above: int
-    p: float | None  # two-sided; None for one pair, and for equal differences, whose scatter is not known
+    p: (
+        float | None
+    )  # two-sided; None for one pair, for equal differences, whose scatter is not known, and without a sign
     test: str  # "t" or "sign"
 
 
@@ -77,8 +79,8 @@ def _t_test(values: Array) -> float | None:
 
 
 def _sign_test(below: int, above: int, n: int) -> float | None:
-    """Exact; pairs whose sign is not known say nothing."""
-    if n < 2:
+    """Exact; pairs whose sign is not known say nothing, and without another there is no test."""
+    if n < 2 or not below + above:
         return None
     return min(1.0, 2 * float(bdtr(min(below, above), below + above, 0.5)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,6 +18,7 @@ from orchestrator.report.wording import SOURCES, joined, metric_name, plural
 
 ALL_PAIRS = 3  # arms up to which each is compared with each; with more, with the first alone
 STEPS = "steps to target"
+UNKNOWN = "not known"
 Range = tuple[float, float]
 
 
@@ -31,15 +33,15 @@ class Comparison:
     trials: tuple[tuple[str, str], ...]  # of arm and other, a pair per seed
     missed: tuple[int, int]  # of each side: without target, or diverged, so that the pair has a range
     found: Difference
-    adjusted: float | None = None  # p after Holm, over all comparisons of the study
+    adjusted: float | None = None  # p after Holm, over all comparisons of this quantity
 
 
 @lru_cache(maxsize=1)
 def comparisons(summary: Summary) -> list[Comparison]:
     """By pair of arms, batch size and quantity."""
     found = [c for a, b in _pairs(list(summary.cells)) for c in _compare(summary, summary.cells[b], summary.cells[a])]
-    adjusted = holm([c.found.p for c in found])
-    return [replace(c, adjusted=p) for c, p in zip(found, adjusted, strict=True)]
+    adjusted = {q: iter(holm([c.found.p for c in found if c.quantity == q])) for q in _quantities(summary)}
+    return [replace(c, adjusted=next(adjusted[c.quantity])) for c in found]
 
 
 def _pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
@@ -56,7 +58,8 @@ def _compare(summary: Summary, cells: Sequence[Cell], others: Sequence[Cell]) ->
 
 
 def _quantities(summary: Summary) -> list[str]:
-    metric = summary.metric
+    """Metrics say nothing of trials that end where they reach the target."""
+    metric = None if summary.stops else summary.metric
     return [STEPS] * bool(summary.target) + ([f"final {metric}", f"best {metric}"] if metric else [])
 
 
@@ -135,7 +138,7 @@ def mean(c: Comparison) -> str:
         return f"{_amount(c, least)} to {_amount(c, most)}"
     if math.isfinite(most):
         return f"at most {_amount(c, most)}"
-    return f"at least {_amount(c, least)}" if math.isfinite(least) else "not known"
+    return f"at least {_amount(c, least)}" if math.isfinite(least) else UNKNOWN
 
 
 def interval(c: Comparison) -> str | None:
@@ -172,7 +175,7 @@ def _misses(c: Comparison) -> str:
 
 
 def sentences(summary: Summary) -> list[str]:
-    """A line per pair of arms: at the largest batch size with seeds in common, or that there is none."""
+    """A line per pair of arms: at the largest batch size where seeds in common tell of them, or that there are none."""
     pairs = _pairs(list(summary.cells))
     return [line for a, b in pairs for line in _lines(summary, b, a)] if len(pairs) <= ALL_PAIRS else []
 
@@ -182,12 +185,18 @@ def _lines(summary: Summary, arm: str, other: str) -> list[str]:
     found = [c for c in comparisons(summary) if (c.arm, c.other) == (arm, other) and not c.quantity.startswith("best")]
     several = [c for c in found if c.found.n > 1]
     if several:
-        last = max(c.batch for c in several)
-        return [_sentence([c for c in several if c.batch == last])]
+        return [_sentence(_telling(several))]
     alone = own & others and not found
     return (
         [f"{arm} - {other}: no seed was trained on both sides, so there are no differences by seed."] if alone else []
     )
+
+
+def _telling(found: Sequence[Comparison]) -> list[Comparison]:
+    """At the largest batch size where something is known, of steps if there is a target; if at none, at the largest of all."""
+    known = [c.batch for c in found if c.quantity == found[0].quantity and mean(c) != UNKNOWN]
+    last = max(known or [c.batch for c in found])
+    return [c for c in found if c.batch == last]
 
 
 def _sentence(found: Sequence[Comparison]) -> str:
@@ -208,15 +217,16 @@ def _told(c: Comparison) -> str:
 def pairs_note(summary: Summary) -> str:
     """How to read the table."""
     against = "the first" if len(summary.cells) > ALL_PAIRS else "each"
-    tests = plural(sum(c.found.p is not None for c in comparisons(summary)), "test")
+    tests = Counter(metric_name(c.quantity) for c in comparisons(summary) if c.found.p is not None)
+    counted = f" ({joined([f'{n} of {quantity}' for quantity, n in tests.items()])})" if tests else ""
     misses = (
         "A trial that missed the target took more steps than it ran: its pair is kept, the mean then has a bound, the "
-        "interval is open on that side, and the test is the sign test over pairs whose order is known. Where trials stop at "
-        "the target, final metrics say little. "
+        "interval is open on that side, and the test is the sign test over pairs whose order is known, if any. "
     )
+    stop = "Trials end when they reach the target, so only steps are compared. " if summary.stops else ""
     return (
         f"Differences between arms on the same seed, averaged; each arm is compared with {against}. Steps are compared by "
         "their ratio (geometric mean), accuracies in points. Intervals and p: Student's t over seeds, so seeds that all "
-        f"differ alike have none. {misses if summary.target else ''}p after Holm holds for all {tests} of this table together; "
-        f"an interval is that of its comparison alone. {SOURCES}"
+        f"differ alike have none. {misses if summary.target else ''}{stop}p after Holm holds for all tests of a "
+        f"quantity together{counted}; an interval is that of its comparison alone. {SOURCES}"
     )

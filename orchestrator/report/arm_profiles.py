@@ -14,7 +14,7 @@ from orchestrator.comparison.profiles import LIMIT, Array, mean_ratio, ratios, s
 from orchestrator.report.load import Result
 from orchestrator.report.summary import Summary, steps_to_target
 from orchestrator.report.tables import Table
-from orchestrator.report.wording import SOURCES, goal, plural
+from orchestrator.report.wording import SOURCES, batches, goal, plural
 
 PROFILES_NOTE = (
     f"Score: the average share of workloads solved within tau times the fastest arm, for tau from 1 to {LIMIT:g}; 1 is the "
@@ -40,10 +40,7 @@ class Profile:
 @lru_cache(maxsize=1)
 def arm_profiles(summary: Summary) -> list[Profile]:
     """None without a target, a second arm, or a workload that all arms have. Arms without a result do not take part."""
-    arms = {
-        arm: {(c.batch, t.seed): t for c in cells for t in c.trials} for arm, cells in summary.cells.items() if cells
-    }
-    shared = sorted(set.intersection(*map(set, arms.values()))) if arms else []
+    arms, shared = _by_workload(summary), _workloads(summary)
     if not summary.target or len(arms) < 2 or not shared:
         return []
     trials = [[of[workload] for workload in shared] for of in arms.values()]
@@ -58,6 +55,18 @@ def arm_profiles(summary: Summary) -> list[Profile]:
             arms, ids, reached, steps.tolist(), examples.tolist(), *columns, strict=True
         )
     ]
+
+
+def _by_workload(summary: Summary) -> dict[str, dict[tuple[int, int], Result]]:
+    """The trials of each arm by batch size and seed."""
+    arms = {arm: [(c, t) for c in cells for t in c.trials] for arm, cells in summary.cells.items() if cells}
+    return {arm: {(c.batch, t.seed): t for c, t in own} for arm, own in arms.items()}
+
+
+def _workloads(summary: Summary) -> list[tuple[int, int]]:
+    """Those that all arms have."""
+    arms = _by_workload(summary).values()
+    return sorted(set.intersection(*map(set, arms))) if arms else []
 
 
 def _ratios(trials: list[list[Result]], time: Callable[[Result], float]) -> Array:
@@ -103,9 +112,11 @@ def profiles_caption(summary: Summary) -> tuple[str, str]:
     lost = f" {plural(nobody, 'workload')} that no arm solved {'count' if nobody > 1 else 'counts'} against all." * (
         nobody > 0
     )
+    alone = [b for b in summary.batches if b not in {batch for batch, _ in _workloads(summary)}]
+    apart = f" Left out: {batches(alone)}, without a seed that all arms have there." if alone else ""
     return "Performance profiles", (
         f"The share of {plural(len(profiles[0].trials), 'workload')}, a batch size and a seed each, on which an arm reaches "
-        f"{goal(summary.target)} in at most tau times the steps of the fastest arm there; a miss is infinitely slow.{lost} The "
-        f"score in the legend is the average height from tau = 1 to {LIMIT:g}; it is relative to the arms of this study, and "
-        f"workloads that share a batch size are not independent.{alike}"
+        f"{goal(summary.target)} in at most tau times the steps of the fastest arm there; a miss is infinitely slow."
+        f"{lost}{apart} The score in the legend is the average height from tau = 1 to {LIMIT:g}; it is relative to the arms of "
+        f"this study, and workloads that share a batch size are not independent.{alike}"
     )

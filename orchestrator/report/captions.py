@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from orchestrator.batch_law.intervals import FEWEST
+from orchestrator.batch_law.intervals import DISTINCT, FEWEST
 from orchestrator.report.load import Result, as_text
 from orchestrator.report.summary import Summary
 from orchestrator.report.wording import goal, joined, metric_name, plural, stretch
@@ -41,7 +40,7 @@ def _censored(summary: Summary) -> str:
 
 def _resolution(summary: Summary) -> str:
     """How finely the target was looked for, if all trials were alike in it."""
-    every = [w.get("evaluate") or {} for w in _workloads(summary)]
+    every = [w.get("evaluate") or {} for w in summary.workloads]
     intervals = {stretch(value, unit).removeprefix("1 ") for e in every for unit, value in e.items() if value}
     if len(intervals) != 1 or summary.target is None or not summary.target.metric.startswith("test"):
         return ""
@@ -53,17 +52,9 @@ def final(summary: Summary) -> tuple[str, str]:
     name = metric_name(summary.metric)
     diverged = sum(c.diverged for c in summary.all_cells)
     worst = f" {diverged} diverged, which counts as the worst value there is." if diverged else ""
-    stop = " Trials end when they reach the target." if _stops(summary) else ""
+    stop = " Trials end when they reach the target." if summary.stops else ""
     medians = _medians(summary, [c.final for c in summary.all_cells if c.final])
     return f"Final {name} against batch size", f"{name.capitalize()} at the end of training: {medians}.{worst}{stop}"
-
-
-def _stops(summary: Summary) -> bool:
-    return any((w.get("target") or {}).get("stop") for w in _workloads(summary))
-
-
-def _workloads(summary: Summary) -> list[dict[str, Any]]:
-    return [summary.study.config(c.trials[0]).get("workload") or {} for c in summary.all_cells]
 
 
 def seconds(summary: Summary) -> tuple[str, str]:
@@ -140,10 +131,10 @@ def notes(summary: Summary) -> list[str]:
     if summary.laws:
         said.append(
             "Critical batch size B_crit: where the fitted law S = S_min (1 + B_crit / B) takes twice S_min steps. It is fitted "
-            f"by maximum likelihood to arms that reached the target at {FEWEST} batch sizes or more, evaluations taken as "
+            f"by maximum likelihood to arms that reached the target at {DISTINCT} batch sizes or more, evaluations taken as "
             "intervals, misses as censored. Its interval is the widest of profile likelihood and of bootstraps over batch "
-            "sizes and over seeds. If one of these is open, or all batch sizes lie above or all below half of B_crit, a bound "
-            "is given."
+            "sizes and over seeds. If one of these is open, if all batch sizes lie above or all below half of B_crit, or if "
+            f"fewer than {FEWEST} of them reached the target, a bound is given."
         )
     if any(cell.fresh for cell in summary.all_cells):
         said.append(

@@ -13,6 +13,7 @@ from orchestrator.report.arm_profiles import arm_profiles
 from orchestrator.report.best_rates import listed
 from orchestrator.report.noise_scales import noise_curves
 from orchestrator.report.outlook import predicted
+from orchestrator.report.search_table import searches
 from orchestrator.report.summary import Cell, Summary
 from orchestrator.report.tuning_budgets import budgets
 
@@ -27,6 +28,7 @@ def evidence(summary: Summary) -> str:
         "paired": comparisons,
         "profiles": arm_profiles,
         "budgets": budgets,
+        "searches": searches,
         "best_rates": listed,
         "predictions": predicted,
     }

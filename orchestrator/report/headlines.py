@@ -8,8 +8,10 @@ from functools import partial
 from typing import Any
 
 from orchestrator.report.arm_pairs import sentences as seed_by_seed
+from orchestrator.report.load import Study
 from orchestrator.report.summary import Cell, Summary, steps_to_target
 from orchestrator.report.wording import (
+    batches,
     count,
     factor,
     figures2,
@@ -36,24 +38,44 @@ def headlines(summary: Summary) -> list[str]:
 
 
 def notices(summary: Summary) -> list[str]:
-    """What a reader must know before the rest: trials without a result, trials that failed."""
+    """What a reader must know before the rest: trials without a result, trials that failed, what no figure shows."""
     results, planned = summary.study.results, summary.study.planned
     failed = sum(r.failed for r in results)
     partial = f"partial: {len(results)} of {planned} trials have a result."
     left_out = f"{failed} of {planned} trials failed and {'is' if failed == 1 else 'are'} left out of all figures."
-    return [partial] * (len(results) < planned) + [left_out] * (failed > 0) + [*summary.study.cautions] + edges(summary)
+    counts = [partial] * (len(results) < planned) + [left_out] * (failed > 0)
+    return [*counts, *gaps(summary), *summary.study.cautions, *edges(summary)]
+
+
+def gaps(summary: Summary) -> list[str]:
+    """Arms of the recipe without any result, and of the others the batch sizes that have results but no cell."""
+    study = summary.study
+    silent = [arm for arm in study.stated if arm not in study.arms] if study.results else []
+    lines = [f"{joined(silent)} {'has' if len(silent) == 1 else 'have'} no result yet."] if silent else []
+    return lines + [line for arm, cells in summary.cells.items() if cells for line in _gaps(study, arm, cells)]
+
+
+def _gaps(study: Study, arm: str, cells: list[Cell]) -> list[str]:
+    own, shown = [r for r in study.results if r.arm == arm], {c.batch for c in cells}
+    searched = {r.batch for r in own if r.tuning} - shown
+    broken = {r.batch for r in own} - searched - shown
+    reasons = {"its search has no winner with a result yet": searched, "all trials failed": broken}
+    end = "missing from medians, fits and comparisons."
+    return [f"{arm} at {batches(sorted(at))}: {reason}; {end}" for reason, at in reasons.items() if at]
 
 
 def edges(summary: Summary) -> list[str]:
     """Searches that may have had to look further."""
     found = [(cell, cell.trials[0].edge) for cell in summary.all_cells if cell.trials[0].edge]
-    return [f"{c.arm} at batch {c.batch}: the best point has {e}; widen the box and search on." for c, e in found]
+    # Under the same name, another box is refused: its results would not answer for this one.
+    remedy = "widen the box and run it under another `study:` name."
+    return [f"{c.arm} at batch {c.batch}: the best point has {e}; {remedy}" for c, e in found]
 
 
 def _nothing(summary: Summary, arm: str) -> str:
     """Of an arm without a cell."""
     tuning = any(r.tuning and not r.failed for r in summary.study.results if r.arm == arm)
-    return f"{arm}: its search has no winner yet." if tuning else f"{arm}: all trials failed."
+    return f"{arm}: its search has no winner with a result yet." if tuning else f"{arm}: all trials failed."
 
 
 # ------------------------------------------------------------------------------------------------- an arm with a target
@@ -186,11 +208,26 @@ def _quality(summary: Summary, arm: str, cells: list[Cell]) -> str:
 
 
 def _comparison(summary: Summary) -> list[str]:
-    """On the two leading arms at the largest batch size that at least two arms share."""
-    shared = [b for b in summary.batches if sum(c.batch == b for c in summary.all_cells) > 1]
-    if not shared:
+    """On the two leading arms at the largest batch size that at least two arms share, of those where an arm reached the
+    target if there are any; and where none did."""
+    shared = [cells for b in summary.batches if len(cells := _ranked(summary, b)) > 1]
+    reached = [cells for cells in shared if math.isfinite(cells[0].steps.median)]
+    missed = [cells[0].batch for cells in shared if math.isinf(cells[0].steps.median)]
+    return _unreached(summary, missed) + (_leading((reached or shared)[-1]) if shared else [])
+
+
+def _unreached(summary: Summary, missed: Sequence[int]) -> list[str]:
+    if not (summary.target and missed):
         return []
-    cells = sorted((c for c in summary.all_cells if c.batch == shared[-1]), key=lambda c: c.rank)
+    return [f"No arm reached {goal(summary.target)} in the median at {batches(missed)}."]
+
+
+def _ranked(summary: Summary, batch: int) -> list[Cell]:
+    """The cells of a batch size, the best first."""
+    return sorted((c for c in summary.all_cells if c.batch == batch), key=lambda c: c.rank)
+
+
+def _leading(cells: Sequence[Cell]) -> list[str]:
     best, second = cells[:2]
     lead = f"At batch {best.batch}," + (f" the two leading arms of {len(cells)}:" if len(cells) > 2 else "")
     if math.isfinite(second.steps.median):

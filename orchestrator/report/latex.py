@@ -141,7 +141,7 @@ def _critical_row(arm: str, cells: Sequence[Cell], law: intervals.Estimate | Non
     row: dict[str, Any] = {"arm": arm, "batch sizes reached": f"{reached} of {len(cells)}"}
     row |= dict.fromkeys(("S_min", "S_min, 95 % interval", "B_crit", "B_crit, 95 % interval", "remark"))
     if law is None:
-        return row | {"remark": f"fitted from {intervals.FEWEST} batch sizes on"}
+        return row | {"remark": f"fitted from {intervals.DISTINCT} batch sizes on"}
     if not law.identified:
         bound = f"{law.bound[0]} {figures2(law.bound[1])}" if law.bound else None
         return row | {"B_crit": bound, "remark": f"not identified: {'; '.join(law.reasons)}"}

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ValidationError
 from orchestrator.fairness import has_layerwise, unfair
 from orchestrator.files import Damaged, printable, read_json, read_lines
 from orchestrator.recipe import Recipe
-from orchestrator.recipe.resolve import search_of
+from orchestrator.recipe.resolve import search_of, size
 from orchestrator.store import Store
 
 
@@ -88,16 +88,17 @@ class Study:
     path: Path
     name: str
     results: list[Result]  # by arm, in the order of the recipe, then batch, point and seed
-    planned: int  # trials, with those that have no result
+    planned: int  # trials, with those that have no result and winners that no search has called for yet
     env: dict[str, Any]
     recipe: str
+    stated: tuple[str, ...] = ()  # arms of the recipe, with or without results
     layerwise: bool = False  # whether LARS or LAMB are among the arms
     cautions: tuple[str, ...] = ()  # of the recipe, or the reason that it gives instead
     adaptive: tuple[str, ...] = ()  # arms whose search chooses each point by those before it
 
     @property
     def arms(self) -> list[str]:
-        """Names in the order of the recipe."""
+        """Those with results, in the order of the recipe."""
         return list(dict.fromkeys(r.arm for r in self.results))
 
     def config(self, result: Result) -> dict[str, Any]:
@@ -130,32 +131,44 @@ def load(path: Path, trials: Sequence[str] | None) -> Study:
     folder = path / "trials"
     if not folder.is_dir():
         raise FileNotFoundError(f"{path}: not a study directory (it has no trials/)")
-    ids = list(dict.fromkeys(Store(path).trial_ids() if trials is None else trials))
+    named = Store(path).trial_ids() if trials is None else trials
+    ids = list(dict.fromkeys(named))
     results = [_result(folder / name / "result.json") for name in ids if (folder / name / "result.json").is_file()]
     resolved = _optional_yaml(path / "resolved.yaml")
+    recipe = _recipe(resolved)
+    uncalled = max(0, size(recipe) - len(named)) if recipe else 0
     arms = [printable(str(name)) for name in resolved.get("arms") or ()]
     return Study(
         path=path,
         results=sorted(results, key=lambda r: (_place(r.arm, arms), r.batch, as_text(r.point), r.seed, r.trial)),
-        planned=len(ids),
+        planned=len(ids) + uncalled,
         name=printable(str(resolved.get("study") or path.resolve().name)),
         env=_optional_json(path / "env.json"),
         recipe=_optional_text(path / "recipe.yaml"),
-        **_of_recipe(resolved),
+        **(_of_recipe(recipe) if recipe else {}),
     )
 
 
-def _of_recipe(resolved: dict[str, Any]) -> dict[str, Any]:
-    """What the rule of equal tuning says, and how points are found; nothing of a recipe in another version's words."""
+def _recipe(resolved: dict[str, Any]) -> Recipe | None:
+    """None if it is in another version's words."""
     try:
-        recipe = Recipe.model_validate(resolved)
+        return Recipe.model_validate(resolved)
     except ValidationError:
-        return {}
+        return None
+
+
+def _of_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Its arms, what the rule of equal tuning says, and how points are found."""
     told = [printable(finding.message) for finding in unfair(recipe)]
     reason = [f"Tuned unequally by intent: {printable(recipe.unfair)}"] if recipe.unfair else []
     searches = {printable(arm): search_of(recipe, arm) for arm in recipe.arms}
     adaptive = tuple(arm for arm, search in searches.items() if search and search.method.name == "optuna")
-    return {"layerwise": has_layerwise(recipe), "cautions": tuple(told + reason), "adaptive": adaptive}
+    return {
+        "stated": tuple(searches),
+        "layerwise": has_layerwise(recipe),
+        "cautions": tuple(told + reason),
+        "adaptive": adaptive,
+    }
 
 
 def _place(arm: str, arms: list[str]) -> tuple[int, str]:

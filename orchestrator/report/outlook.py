@@ -9,7 +9,6 @@ from functools import lru_cache
 from statistics import mode
 
 from orchestrator.batch_law.backtest import ENDS, REFUSED_BEYOND
-from orchestrator.batch_law.intervals import estimate
 from orchestrator.files import Damaged
 from orchestrator.predict.calibrate import NOT_APART, Calibration, calibrate
 from orchestrator.predict.forecast import NEAR_CHEAPEST, Forecast, Range, forecast, steps_ahead
@@ -49,9 +48,9 @@ def outlooks(summary: Summary) -> Outlooks:
     """Of the arms of a study with a target."""
     arms: list[Outlook] = []
     refusals: list[str] = []
-    for arm, cells in summary.cells.items() if summary.target else ():
+    for arm in summary.cells if summary.target else ():
         try:
-            steps = steps_by(summary.laws.get(arm) or (estimate(summary.points(arm)) if cells else None), arm)
+            steps = steps_by(summary.laws.get(arm), arm)
         except Damaged as refusal:
             refusals.append(f"No prediction for {refusal}.")
             continue

@@ -131,10 +131,19 @@ class Summary:
 
     @cached_property
     def laws(self) -> dict[str, intervals.Estimate]:
-        """Of the arms that reached the target at enough batch sizes to ask for one."""
-        hits = {arm: sum(cell.hits > 0 for cell in cells) for arm, cells in self.cells.items()}
-        found = {arm: intervals.estimate(self.points(arm)) for arm, n in hits.items() if n >= intervals.FEWEST}
+        """Of the arms that reached the target at enough batch sizes to ask for one, if only for a bound."""
+        found = {arm: intervals.estimate(self.points(arm)) for arm in self.cells}
         return {arm: law for arm, law in found.items() if law}
+
+    @cached_property
+    def workloads(self) -> list[dict[str, Any]]:
+        """Of each cell, as its first trial was configured."""
+        return [self.study.config(cell.trials[0]).get("workload") or {} for cell in self.all_cells]
+
+    @property
+    def stops(self) -> bool:
+        """Whether trials end when they reach the target: then what they end at says little."""
+        return any((workload.get("target") or {}).get("stop") for workload in self.workloads)
 
     @property
     def searched(self) -> bool:

@@ -58,6 +58,11 @@ def plural(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
+def batches(sizes: Sequence[int]) -> str:
+    """`batch 64`, `batches 64 and 128`."""
+    return f"batch{'es' if len(sizes) > 1 else ''} {joined([str(size) for size in sizes])}"
+
+
 def spread(estimate: Estimate, text: Callable[[float], str] = count) -> str:
     """`range 38-44`, `95 % interval 38 to never`; empty for a single value."""
     if estimate.n == 1:

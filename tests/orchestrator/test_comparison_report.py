@@ -18,6 +18,7 @@ from orchestrator.report.arm_pairs import pairs_note, pairs_table, sentences
 from orchestrator.report.arm_profiles import profiles_caption, profiles_table
 from orchestrator.report.evidence import evidence
 from orchestrator.report.figures import draw
+from orchestrator.report.headlines import headlines
 from orchestrator.report.load import load
 from orchestrator.report.noise_scales import noise_caption, noise_table
 from orchestrator.report.summary import Summary, summarise
@@ -139,12 +140,12 @@ def test_a_difference_in_plain_words(tmp_path):
         made.add("nesterov", 1024, seed, **accuracy(0.93))
         made.add("lars", 1024, seed, **accuracy(value))
     assert sentences(summary(made)) == [
-        "lars - nesterov at batch 1024: final test accuracy -0.8 points [-1.5, -0.2], p 0.042 after Holm; 5 seeds."
+        "lars - nesterov at batch 1024: final test accuracy -0.8 points [-1.5, -0.2], p 0.021 after Holm; 5 seeds."
     ]
     final, best = told(made)["paired"]
     assert (final["found"]["n"], final["found"]["below"], final["found"]["above"]) == (5, 5, 0)
     assert final["found"]["most"] == pytest.approx(sum(lars) / 5 - 0.93)
-    assert final["adjusted"] == pytest.approx(2 * final["found"]["p"]) and best["adjusted"] == final["adjusted"]
+    assert final["adjusted"] == final["found"]["p"] and best["adjusted"] == best["found"]["p"]  # one test of each
     assert final["trials"] == [[made.ids[2 * i + 1], made.ids[2 * i]] for i in range(5)]
 
 
@@ -197,6 +198,54 @@ def test_a_trial_that_diverged_is_worse_by_an_unknown_amount(tmp_path):
     assert rows(pairs_table(summary(made)))[0]["mean difference"] == "at most +1.0 points"
 
 
+def two_arms(made: MadeStudy, batches: dict[int, float]) -> None:
+    """lars takes half as many steps again as sgd, which takes about as many as stated by batch size."""
+    for batch, steps in batches.items():
+        for seed in range(5):
+            made.add("sgd", batch, seed, steps + 3 * seed)
+            made.add("lars", batch, seed, 1.5 * steps + 5 * seed)
+
+
+def test_arms_are_compared_at_the_largest_batch_size_that_tells(tmp_path):
+    made = MadeStudy(tmp_path / "s")
+    two_arms(made, {64: 100, 128: INF})
+    pair, nobody, leading = headlines(summary(made))[2:]
+    assert pair.startswith("lars - sgd at batch 64: steps to target +51")
+    assert nobody == "No arm reached test accuracy 0.95 in the median at batch 128."
+    assert leading.startswith("At batch 64, sgd takes 106 steps and lars 160;")
+    assert "not known" not in " ".join([pair, leading])
+
+
+def test_where_no_arm_reached_the_target_anywhere_the_ends_are_compared(tmp_path):
+    made = MadeStudy(tmp_path / "s")
+    two_arms(made, {64: INF, 128: INF})
+    pair, nobody, leading = headlines(summary(made))[2:]
+    assert pair.startswith(
+        "lars - sgd at batch 128: steps to target not known (5 of lars and 5 of sgd missed the target)"
+    )
+    assert nobody == "No arm reached test accuracy 0.95 in the median at batches 64 and 128."
+    assert leading.startswith("At batch 128, test accuracy ends sgd at ")
+
+
+def test_where_trials_stop_at_the_target_only_steps_are_compared(tmp_path):
+    """Holm over the two batch sizes that have a test: the third, where all trials missed, has none."""
+    made = MadeStudy(tmp_path / "s")
+    two_arms(made, {32: 200, 64: 100, 128: INF})
+    for config in made.path.glob("trials/*/config.json"):
+        content = json.loads(config.read_text())
+        content["workload"]["target"] = {"test_accuracy": 0.95, "stop": True}
+        config.write_text(json.dumps(content))
+    found = told(made)["paired"]
+    assert [(c["batch"], c["quantity"]) for c in found] == [(b, "steps to target") for b in (32, 64, 128)]
+    p = [c["found"]["p"] for c in found]
+    assert p[2] is None and found[2]["adjusted"] is None
+    assert min(c["adjusted"] for c in found[:2]) == pytest.approx(2 * min(p[:2]))
+    assert (rows(pairs_table(summary(made)))[2]["p"], rows(pairs_table(summary(made)))[2]["test"]) == ("", "")
+    assert "only steps are compared. p after Holm holds for all tests of a quantity together (2 of steps" in pairs_note(
+        summary(made)
+    )
+
+
 def test_with_many_arms_each_is_compared_with_the_first(tmp_path):
     made = MadeStudy(tmp_path / "s", target=None)
     for arm in "abcd":
@@ -223,6 +272,7 @@ def test_profiles_by_hand(tmp_path):
     table = rows(profiles_table(summary(made)))
     assert [r["score, steps"] for r in table] == ["0.750", "0.417"]
     text = profiles_caption(summary(made))[1]
+    assert "Left out: batch 128, without a seed that all arms have there." in text
     assert "1 workload that no arm solved counts against all." in text
     assert "In examples seen the profile is the same" in text
 

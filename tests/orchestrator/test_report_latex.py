@@ -149,7 +149,7 @@ def test_too_few_batch_sizes_for_a_law(tmp_path: Path) -> None:
     made.add("sgd", 32, 0, 100)
     made.add("sgd", 64, 0)
     (row,) = contents(tables(tmp_path)["critical_batch"])
-    assert row == {"Arm": "sgd", "Batch sizes reached": "1 of 2", "Remark": "fitted from 4 batch sizes on"}
+    assert row == {"Arm": "sgd", "Batch sizes reached": "1 of 2", "Remark": "fitted from 3 batch sizes on"}
 
 
 def test_final_metrics(study: Path) -> None:
