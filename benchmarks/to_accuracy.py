@@ -11,6 +11,7 @@ import math
 import time
 from argparse import Namespace
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from benchmarks import common
 from benchmarks.curvature import CONTENDERS, Setting, begun, device, layout, plain, wait
 from benchmarks.images import augmented, normalised
+from orchestrator.files import read_json
 from orchestrator.workloads import cifar10
 from orchestrator.workloads.models import build_network
 from strategies.net import Net
@@ -108,29 +110,44 @@ def best_rate(name: str, batch: int, data: Data, options: Namespace) -> float:
     return min(found, key=lambda peak: found[peak])
 
 
-def row(name: str, batch: int, peak: float, runs: list[Outcome]) -> list[str]:
-    told = [common.spread(list(values)).replace("inf", "never") for values in zip(*map(astuple, runs), strict=True)]
-    return [name, str(batch), f"{peak:g}", *told]
+def chosen(options: Namespace) -> dict[tuple[str, int], float]:
+    """Rates that earlier runs chose, by contender and batch."""
+    earlier = [row for file in options.chosen for row in read_json(file)["results"]]
+    return {(row["contender"], row["batch"]): row["peak"] for row in earlier}
+
+
+def compare(batch: int, data: Data, options: Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """At one batch size. First all rates, then seed after seed, in which the contenders take turns."""
+    peaks, skipped, given = dict[str, float](), dict[str, str](), chosen(options)
+    for name in options.only or MAKERS:
+        try:
+            peaks[name] = given.get((name, batch)) or best_rate(name, batch, data, options)
+        except common.Skipped as why:
+            skipped[name] = str(why)
+    runs: dict[str, list[Outcome]] = {name: [] for name in peaks}
+    for seed in range(1, options.repeats + 1):
+        for name, peak in peaks.items():
+            runs[name].append(train(name, batch, peak, seed, math.inf, data, options))
+    results = [
+        {"contender": name, "batch": batch, "peak": peak, "runs": list(map(astuple, runs[name]))}
+        for name, peak in peaks.items()
+    ]
+    return results, skipped
+
+
+def row(result: dict[str, Any]) -> list[str]:
+    told = [common.spread(list(values)).replace("inf", "never") for values in zip(*result["runs"], strict=True)]
+    return [result["contender"], str(result["batch"]), f"{result['peak']:g}", *told]
 
 
 def main(options: Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(options.threads)
-    data, results, skipped = read(), [], dict[str, str]()
-    for batch in options.batch:
-        for name in options.only or MAKERS:
-            try:
-                peak = best_rate(name, batch, data, options)
-                runs = [
-                    train(name, batch, peak, seed, math.inf, data, options) for seed in range(1, options.repeats + 1)
-                ]
-            except common.Skipped as why:
-                skipped[name] = str(why)
-                continue
-            results.append({"contender": name, "batch": batch, "peak": peak, "runs": list(map(astuple, runs))})
-            print(*row(name, batch, peak, runs), sep="; ", flush=True)
+    data, results = read(), []
     head = ["contender", "batch", "rate", f"steps to {options.target:.0%}", "seconds"]
-    rows = [row(r["contender"], r["batch"], r["peak"], [Outcome(*run) for run in r["runs"]]) for r in results]
-    common.tell(f"{options.model}. {common.machine()}", head, rows, skipped)
+    for batch in options.batch:
+        found, skipped = compare(batch, data, options)
+        common.tell(f"{options.model}, batch {batch}. {common.machine()}", head, list(map(row, found)), skipped)
+        results += found
     return results
 
 
@@ -141,6 +158,7 @@ if __name__ == "__main__":
     parser.add_argument("--target", type=float, default=0.4, help="test accuracy")
     parser.add_argument("--epochs", type=float, default=16, help="at most")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--chosen", type=Path, nargs="+", default=[], help="--json of earlier runs: their rates")
     parser.add_argument("--only", choices=list(MAKERS), action="append", help="a contender; again for more")
     arguments = parser.parse_args()
     if arguments.quick:
