@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -72,9 +73,16 @@ def cpu_model() -> str:
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-def has_gpu() -> bool:
-    """Whether this machine has an NVIDIA GPU that the recipe's user has not hidden."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and Path("/dev/nvidia0").exists()
+def gpu_count() -> int:
+    """NVIDIA GPUs of this machine that the torch that is installed can use and the recipe's user has not hidden."""
+    if (_version("torch") or "").endswith("+cpu"):
+        return 0
+    there = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is None:
+        return there
+    names = (name.strip() for name in shown.split(","))
+    return min(there, len(list(takewhile(lambda name: name not in ("", "-1"), names))))  # as CUDA reads it
 
 
 def gpus() -> list[str]:

@@ -57,7 +57,7 @@ class Study:
     def stages(self) -> Stages:
         networks = [self.recipe.workload.model, *(arm.model for arm in self.recipe.arms.values() if arm.model)]
         convolutional = any(network.name != "mlp" for network in networks)
-        precision = resolve_precision(self.recipe.precision, convolutional)
+        precision = resolve_precision(self.recipe.precision, convolutional, self.recipe.cluster.workers)
         return Stages(self.recipe, fingerprint, precision, self.store.result)
 
     @property

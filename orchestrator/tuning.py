@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from orchestrator.environment import cpu_model, has_gpu
+from orchestrator.environment import cpu_model, gpu_count
 from orchestrator.files import Damaged, read_json, write_json
 from orchestrator.workloads.files import home
 from strategies.contract import Batch, Worker
@@ -30,12 +30,15 @@ ROUNDS = 5
 
 
 def resolve_precision(
-    asked: Literal["auto", "fp32", "bf16", "fp64"], convolutional: bool
+    asked: Literal["auto", "fp32", "bf16", "fp64"], convolutional: bool, workers: int
 ) -> Literal["fp32", "bf16", "fp64"]:
-    """`auto` is bf16 on GPUs, and for convolutions on CPUs where it was measured to pay; else fp32."""
+    """`auto` is bf16 on GPUs, and for convolutions on CPUs where it was measured to pay; else fp32.
+
+    This machine's `workers` train on GPUs only where each of them gets one of its own.
+    """
     if asked != "auto":
         return asked
-    return "bf16" if has_gpu() or (convolutional and bf16_pays()) else "fp32"
+    return "bf16" if gpu_count() >= workers or (convolutional and bf16_pays()) else "fp32"
 
 
 def bf16_pays() -> bool:

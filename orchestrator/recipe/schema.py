@@ -145,7 +145,9 @@ class Speed(Model):
     keep_memory: bool = Field(default=True, description="freed memory stays with the worker (glibc), for the next step")
     channels_last: bool = Field(default=True, description="images lie in memory as (n, h, w, c)")
     compile: Literal["off", "default", "cuda_graphs"] = Field(
-        default="off", description="torch.compile of the network; cuda_graphs: with its mode reduce-overhead, on GPUs"
+        default="off",
+        description="torch.compile of the network; cuda_graphs: with its mode reduce-overhead, on GPUs, where a step takes "
+        "one backward pass",
     )
 
 

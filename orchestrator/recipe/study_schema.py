@@ -53,7 +53,11 @@ class Recipe(Model):
     workload: Workload
     engine: Engine = Engine(ddp=Ddp())
     cluster: Cluster = Cluster()
-    precision: Precision = "auto"
+    precision: Precision = Field(
+        default="auto",
+        description="auto: bf16 where this machine has a GPU for each worker, or convolutions gain by it on its CPU; else "
+        "fp32. Where workers are on several machines, say which",
+    )
     speed: Speed = Speed()
     base: Base
     strategies: list[StrategyChoice] = Field(default=[], description="applied in every arm")

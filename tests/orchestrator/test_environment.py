@@ -106,12 +106,29 @@ def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert describe()["git"] == {"commit": clean["commit"], "dirty": True}
 
 
-def test_hidden_gpus_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "exists", lambda self: True)
+@pytest.mark.parametrize(
+    ("torch", "there", "visible", "count"),
+    [
+        ("2.13.0", "03", None, 2),
+        ("2.13.0+cu130", "3", None, 1),  # a container that is given one of many
+        ("2.13.0", "", None, 0),
+        ("2.13.0", "03", "", 0),
+        ("2.13.0", "03", "-1", 0),
+        ("2.13.0", "03", "1", 1),
+        ("2.13.0", "0123", "2, GPU-5f1c,-1,3", 2),
+        ("2.13.0", "0", "0,1,2", 1),
+        ("2.13.0+cpu", "03", None, 0),
+    ],
+)
+def test_gpus_that_training_can_use(
+    monkeypatch: pytest.MonkeyPatch, torch: str, there: str, visible: str | None, count: int
+) -> None:
+    monkeypatch.setattr(environment, "_version", lambda package: torch)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: (self / f"nvidia{number}" for number in there))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert environment.has_gpu()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert not environment.has_gpu()
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert environment.gpu_count() == count
 
 
 def test_imports_neither_torch_nor_ray_nor_wandb() -> None:

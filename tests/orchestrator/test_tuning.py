@@ -70,7 +70,8 @@ def test_what_cannot_be_remembered_changes_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("BIGBATCH_HOME", str(tmp_path / "file" / "below"))
     monkeypatch.setattr(tuning, "_patch_gain", lambda conv, size, dtype: 2.0)
     assert tune(network(), sample, 64, WORKER, "auto") == 0
-    assert resolve_precision("auto", True) == ("bf16" if tuning.has_gpu() else "fp32")
+    monkeypatch.setattr(tuning, "gpu_count", lambda: 0)
+    assert resolve_precision("auto", True, 1) == "fp32"
 
 
 def test_a_damaged_file_is_measured_anew(monkeypatch, cache):
@@ -88,20 +89,23 @@ def test_the_network_is_left_as_it_was():
 
 
 @pytest.mark.parametrize(
-    ("asked", "convolutional", "gpu", "gain", "resolved"),
+    ("asked", "convolutional", "gpus", "workers", "gain", "resolved"),
     [
-        ("fp64", True, True, 3.0, "fp64"),
-        ("fp32", True, True, 3.0, "fp32"),
-        ("auto", False, True, 0.5, "bf16"),
-        ("auto", True, False, 1.5, "bf16"),
-        ("auto", False, False, 1.5, "fp32"),
-        ("auto", True, False, 1.05, "fp32"),
+        ("fp64", True, 1, 1, 3.0, "fp64"),
+        ("fp32", True, 1, 1, 3.0, "fp32"),
+        ("auto", False, 1, 1, 0.5, "bf16"),
+        ("auto", False, 4, 2, 0.5, "bf16"),
+        ("auto", True, 0, 1, 1.5, "bf16"),
+        ("auto", False, 0, 1, 1.5, "fp32"),
+        ("auto", True, 0, 1, 1.05, "fp32"),
+        ("auto", True, 1, 2, 1.05, "fp32"),  # both workers train on the CPU
+        ("auto", True, 1, 2, 1.5, "bf16"),
     ],
 )
-def test_precision(monkeypatch, asked, convolutional, gpu, gain, resolved):
-    monkeypatch.setattr(tuning, "has_gpu", lambda: gpu)
+def test_precision(monkeypatch, asked, convolutional, gpus, workers, gain, resolved):
+    monkeypatch.setattr(tuning, "gpu_count", lambda: gpus)
     monkeypatch.setattr(tuning, "_bf16_gain", lambda: gain)
-    assert resolve_precision(asked, convolutional) == resolved
+    assert resolve_precision(asked, convolutional, workers) == resolved
 
 
 def test_bf16_is_measured_on_one_thread_and_gives_the_threads_back():
