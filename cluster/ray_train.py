@@ -145,7 +145,7 @@ class TrainGang:
         self.mailbox = remote(num_cpus=0)(Mailbox).remote(size)
         self.pending: Any = None  # the call that gives the outcome of the task
         self.whole = True  # no task has been given since one was done
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.room = TrainRoom(name, size, threads, gpus)
         self.seating = self.mailbox.seated.remote(True)
         self.processes: list[psutil.Process] = []  # of the ranks on this machine
@@ -177,7 +177,7 @@ class TrainGang:
     def _fit(self, trainer: Any) -> None:
         try:
             trainer.fit()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # Ray's SystemExit: the driver has left the cluster
             self.error = error
 
     @property
@@ -191,6 +191,7 @@ class TrainGang:
             seats, workers = zip(*ray.get(self.seating), strict=True)
             self.room.seated, self.processes = True, processes_here(seats)
             self.pulse = Pulse([worker.__ray_ready__.remote for worker in workers], self.timeout)
+            self.pulse.alive |= set(range(self.size))  # each has told its place
 
     def start(self, task: Task) -> None:
         self.whole, self.pending = False, self.mailbox.run.remote(task)
