@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
+from orchestrator.micro_batch import unless_memory_ends
 from orchestrator.workloads.order import share
-from strategies.contract import Phase, State, Worker
+from strategies.contract import Metrics, Phase, State, Worker
 from strategies.net import Net
 from strategies.parts.replicas import average_
 
-CHUNK = {"cpu": 256, "cuda": 4096}  # examples per forward pass: small enough for a CPU's cache, enough to fill a GPU
+CHUNK = {"cpu": 256, "cuda": 4096}  # examples per forward pass, at most: a CPU's cache holds them, they fill a GPU
 
 
 @torch.no_grad()
@@ -20,11 +22,28 @@ def evaluate(phase: Phase, net: Net, state: State, dataset: Any, worker: Worker)
     begin, end = share(0, dataset.test_examples, worker.rank, worker.size)
     sums: dict[str, torch.Tensor] = {}
     chunk = CHUNK.get(worker.device.type, 256)
-    for start in range(begin, end, chunk):
-        batch = phase.source(dataset.test(start, min(start + chunk, end)), net)
-        scores = dataset.score(_logits(phase, state, batch.x), batch.y)
+    while begin < end:
+        stop = min(begin + chunk, end)
+        scores = unless_memory_ends(partial(_scores, phase, net, state, dataset, begin, stop), worker.device)
+        if scores is None:
+            chunk = _halved(stop - begin)
+            continue
         sums = {name: value.double() + sums.get(name, 0.0) for name, value in scores.items()}
+        begin = stop
     return reduced(sums or _nothing(dataset), worker, dataset.test_examples)
+
+
+def _scores(phase: Phase, net: Net, state: State, dataset: Any, start: int, stop: int) -> Metrics:
+    """Sums over test examples [start, stop)."""
+    batch = phase.source(dataset.test(start, stop), net)
+    scores: Metrics = dataset.score(_logits(phase, state, batch.x), batch.y)
+    return scores
+
+
+def _halved(chunk: int) -> int:
+    if chunk == 1:
+        raise MemoryError("not even one test example fits into memory: choose a smaller model")
+    return -(-chunk // 2)
 
 
 def _logits(phase: Phase, state: State, x: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -12,12 +13,38 @@ from strategies.net import Net
 
 SIGNS = ("out of memory", "not enough memory", "can't allocate memory")
 
+T = TypeVar("T")
+
+
+class MicroBatches(Sequence[Batch]):
+    """The micro-batches of a step at these bounds, each made whenever it is asked for: a step holds one at a time."""
+
+    def __init__(self, bounds: Sequence[tuple[int, int]], make: Callable[[int, int], Batch]):
+        self.bounds, self.make = bounds, make
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
+        return self.make(*self.bounds[index])
+
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error tells that memory ran out, on a GPU or on the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS)
+
+
+def unless_memory_ends(function: Callable[[], T], device: torch.device) -> T | None:
+    """What it gives; or None, with all released that it held, where memory runs out."""
+    try:
+        return function()
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    release(device)  # only now that the error is gone, and with it the frames that hold tensors
+    return None
 
 
 def largest(net: Net, sample: Callable[[int], Batch], limit: int, worker: Worker) -> int:
@@ -47,22 +74,20 @@ def rehearse(net: Net, x: torch.Tensor, worker: Worker) -> None:
 
 
 def _fits(net: Net, sample: Callable[[int], Batch], size: int, worker: Worker) -> bool:
-    try:
+    def passes() -> bool:
         rehearse(net, sample(size).x, worker)
         return True
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        return False
-    finally:
-        _release(worker.device)
+
+    fits = unless_memory_ends(passes, worker.device) is not None
+    release(worker.device)
+    return fits
 
 
 def _all_agree(flag: bool, worker: Worker) -> bool:
     return worker.sum_(torch.tensor(float(not flag), device=worker.device)).item() == 0
 
 
-def _release(device: torch.device) -> None:
+def release(device: torch.device) -> None:
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,19 @@ import torch
 from orchestrator import checkpoint, flops, micro_batch, phases
 from orchestrator.broadcast import from_rank_0
 from orchestrator.checkpoint_interval import CheckpointInterval, expected_cost
+from orchestrator.compiled import check_graphs, compile_
 from orchestrator.evaluate import average_buffers, evaluate, reduced
 from orchestrator.feature_cache import features
 from orchestrator.files import write_json
 from orchestrator.identity import names
 from orchestrator.metrics import Rows
+from orchestrator.micro_batch import MicroBatches
 from orchestrator.phases import PhaseStore, Record
 from orchestrator.recipe.choices import LARGEST
 from orchestrator.recipe.schema import Speed
 from orchestrator.recipe.workload_schema import Interval, Target
 from orchestrator.results import Deadline, reached, unmet
+from orchestrator.stopwatch import Stopwatch
 from orchestrator.tuning import tune
 from orchestrator.workloads.order import micro, share
 from strategies.contract import Batch, Clock, Plan, State, Stream, Weights, Worker, mix
@@ -214,14 +217,16 @@ class PhaseRun:
         local = min(-(-self.phase.batch // self.worker.replicas), self.job.micro_batch or LARGEST)
         sample = partial(self._train_batch, 0)
         progress.patch_convolutions = tune(self.net, sample, local, self.worker, speed.patch_convolutions)
-        if speed.compile != "off":
-            self.net.compile(mode="reduce-overhead" if speed.compile == "cuda_graphs" else None)
+        compile_(self.net, speed.compile)
 
     def _micro_batch(self) -> int:
         local = -(-self.phase.batch // self.worker.replicas)
-        if self.job.micro_batch:
-            return min(local, self.job.micro_batch)
-        return micro_batch.largest(self.net, lambda n: self._train_batch(0, n), local, self.worker)
+        found = min(local, self.job.micro_batch or local)
+        if not self.job.micro_batch:
+            found = micro_batch.largest(self.net, partial(self._train_batch, 0), local, self.worker)
+        if self.job.speed.compile == "cuda_graphs":
+            check_graphs(self.phase.learner, local, found, self.worker)
+        return found
 
     def _train_batch(self, start: int, stop: int) -> Batch:
         return self.phase.source(self.data.train(start, stop), self.net)
@@ -269,13 +274,13 @@ class PhaseRun:
         epoch = progress.step * per_step
         return Clock(progress.step, self.steps, epoch, per_step, batch, self.job.seed, progress.phase, self.worker.rank)
 
-    def _batches(self, clock: Clock) -> list[Batch]:
+    def _batches(self, clock: Clock) -> Sequence[Batch]:
         """This rank's micro-batches of the step. Positions count on through all phases: none sees another's order."""
         first = self.progress.examples
         begin, end = share(first, first + self.phase.batch, self.worker.replica, self.worker.replicas)
-        return [self._mapped(a, b, clock) for a, b in micro(begin, end, self.micro)]
+        return MicroBatches(micro(begin, end, self.micro), partial(self._mapped, clock))
 
-    def _mapped(self, start: int, stop: int, clock: Clock) -> Batch:
+    def _mapped(self, clock: Clock, start: int, stop: int) -> Batch:
         batch = self._train_batch(start, stop)
         stream = Stream(lambda n: self._train_batch(start + n, stop + n), self.job.dataset.classes)
         for change in self.phase.maps:
@@ -383,17 +388,3 @@ def seed(device: torch.device, number: int) -> None:
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":
         torch.cuda.manual_seed(number)
-
-
-class Stopwatch:
-    """Seconds between laps, with the device's work included."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.start = device, time.perf_counter()
-
-    def lap(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        seconds, self.start = now - self.start, now
-        return seconds

@@ -158,7 +158,8 @@ class Backprop:
         live: Live = state.live
         if not live.net.training:  # walking through all modules costs as much as a small layer
             live.net.train()
-        loss = sum(self._micro(state, batch, clock, last=batch is batches[-1]) for batch in batches)
+        last = len(batches) - 1
+        loss = sum(self._micro(state, batch, clock, last=number == last) for number, batch in enumerate(batches))
         self._apply(state, clock)
         metrics: Metrics = {"loss": loss}  # type: ignore[dict-item]
         for update, own in zip(self.updates, state.saved["updates"], strict=True):

@@ -236,7 +236,10 @@ class Learner(Protocol):
     def needs(self) -> Need: ...
     def init(self, net: Net, worker: Worker) -> State: ...
     def step(self, state: State, batches: Sequence[Batch], clock: Clock) -> Metrics:
-        """One optimizer step. Each value returned is this rank's share: the trainer sums over ranks. Needs "loss"."""
+        """One optimizer step. Each value returned is this rank's share: the trainer sums over ranks. Needs "loss".
+
+        Each micro-batch is made when it is asked for, so that a step need not hold all of them.
+        """
 
     def predict(self, state: State, x: Tensor) -> Tensor:
         """(n, ...) -> (n, classes) logits, in evaluation mode, with the weights that stand for the result."""

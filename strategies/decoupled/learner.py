@@ -115,6 +115,7 @@ class Decoupled(Backprop):
     def step(self, state: State, batches: Sequence[Batch], clock: Clock) -> Metrics:
         live: DecoupledLive = state.live
         if live.line:
+            batches = list(batches)  # each is made when it is asked for
             live.line.begin([len(batch) for batch in batches], self.ahead or 0)
         metrics = Backprop.step(self, state, batches, clock)
         if live.line:

@@ -6,7 +6,8 @@ would do in training with all of them in one batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +47,22 @@ def reestimate(net: Net, x: Tensor, worker: Worker, weights: Mapping[str, Tensor
     hooks = [m.register_forward_pre_hook(partial(_take, worker=worker)) for m in tracking(net).values()]
     training = net.training
     try:
-        with torch.no_grad(), worker.autocast():
+        with torch.no_grad(), worker.autocast(), _uncompiled(net):
             functional_call(net.eval(), dict(weights or {}), (x.tensor_split(worker.size)[worker.rank],))
     finally:
         net.train(training)
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _uncompiled(net: Net) -> Iterator[None]:
+    """Compiled code passes over hooks that it does not know."""
+    compiled, net._compiled_call_impl = net._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        net._compiled_call_impl = compiled
 
 
 def _take(norm: Any, inputs: tuple[Tensor, ...], worker: Worker) -> None:

@@ -18,6 +18,13 @@ def inside(old: Gradient, wrap: Callable[[Gradient], Gradient]) -> Gradient:
     return dataclasses.replace(taking, inner=inside(inner, wrap))
 
 
+def passes(gradient: Gradient | None) -> int:
+    """Backward passes that a gradient takes over each micro-batch."""
+    inner: Gradient | None = getattr(gradient, "inner", None)
+    own: int = getattr(gradient, "passes", 1)
+    return own * passes(inner) if inner else own
+
+
 def share(step: Step) -> float:
     """Of one pass among all passes over its examples: 1 over their number, up to rounding."""
     return step.weight * step.clock.batch / (step.worker.size * len(step.batch))

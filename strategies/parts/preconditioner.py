@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from strategies.contract import Clock, State, Worker, mix
+from strategies.contract import Clock, PlanError, State, Worker, mix
 from strategies.curvature.capture import watched
 from strategies.curvature.layers import AnyLayer, ConvLayer, LinearLayer, NormLayer, served
 from strategies.net import Net
@@ -31,6 +31,8 @@ BATCHES = 4  # steps that factors of gradient rows remember, where the recipe sa
 ALWAYS = 10  # first steps, all of which update factors
 NEWEST = 0.9  # largest share of the newest batch in a factor
 WIDEST = 4096  # columns of a side, up to which X'X of the first batch is held whole
+
+COMPILED = "ng_sgd sees no layer at work: torch.compile hides them, leave speed.compile off"
 
 Affine: TypeAlias = LinearLayer | ConvLayer
 Fields: TypeAlias = dict[str, Any]
@@ -68,6 +70,8 @@ class Preconditioner:
         self.tallies: dict[str, Tally] = {}
         self.share = 1.0  # of the pass in work among all passes over its examples
         state.saved |= {"steps": 0, "factors": dict(self._starts())}
+        if with_rows and net._compiled_call_impl is not None:
+            raise PlanError(COMPILED)
         self.watching = ExitStack()
         self.watching.enter_context(watched(with_rows, self._see))
 

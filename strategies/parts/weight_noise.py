@@ -33,11 +33,15 @@ class WeightNoise:
     def needs(self) -> Need:
         return Need.OPEN_MODEL | getattr(self.inner, "needs", Need.NOTHING)
 
+    @property
+    def passes(self) -> int:
+        return self.draws * (1 + self.antithetic)
+
     def __call__(self, step: Step) -> Tensor:
         import torch
 
         weights = [p for p in step.net.parameters() if p.requires_grad]
-        part = dataclasses.replace(step, weight=step.weight / (self.draws * (1 + self.antithetic)))
+        part = dataclasses.replace(step, weight=step.weight / self.passes)
         losses = []
         for move in once(step.net.buffers(), self._moves(weights, step.clock)):
             with displaced(weights, move):
