@@ -97,13 +97,17 @@ class Mirror:
         return top
 
     def changes(self, gang: str) -> list[Change]:
-        """What differs from the last call, or from what was received; what is new or longer comes before what is gone."""
+        """What differs from the last call, or from what was received; what is new or longer comes before what is gone.
+
+        Rows are read after the checkpoints beneath them, and come before them: no checkpoint comes without its row.
+        """
         old, self.known[gang] = self.known[gang], {}
-        found = []
-        for path, copy in self._files(gang):
+        found: list[Change] = []
+        for path, copy in sorted(self._files(gang), key=lambda pair: -len(pair[0].parts)):
             with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                 self.known[gang][path], change = compared(path, copy, old.get(path))
                 found += [change] if change else []
+        found.sort(key=lambda change: len(change.path.parts))
         return found + [Change(path, None) for path in old.keys() - self.known[gang].keys()]
 
     def _files(self, gang: str) -> Iterator[tuple[Path, Path]]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from cluster import couriers
+from cluster import mirror as module
 from cluster.actor import Seat
 from cluster.couriers import Couriers
 from cluster.mirror import Change, Mirror, beneath, contents, local, take_in, write
@@ -64,6 +65,24 @@ def test_a_trimmed_file_comes_back_as_it_is_now(mirror: Mirror, trial: Path) -> 
         write(copy / "metrics.jsonl", text.encode())
         sync(mirror, trial)
         assert (trial / "metrics.jsonl").read_text() == text
+
+
+def test_a_checkpoint_comes_behind_its_row(mirror: Mirror, trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are written while changes are looked for."""
+    copy = begin(mirror, trial)
+    write(copy / "metrics.jsonl", b'{"step":1}\n')
+    write(copy / "checkpoints" / "step_1" / "state.json", b"{}")
+    plain = module.compared
+
+    def late(path: Path, file: Path, old: Any) -> Any:
+        if path.name == "state.json":
+            write(copy / "metrics.jsonl", b'{"step":1}\n{"step":2}\n')
+        return plain(path, file, old)
+
+    monkeypatch.setattr(module, "compared", late)
+    rows, checkpoint = mirror.changes("g")
+    assert rows.path.name == "metrics.jsonl" and rows.content == b'{"step":1}\n{"step":2}\n'
+    assert checkpoint.path.name == "state.json"
 
 
 def test_a_new_directory_appears_whole_and_a_deleted_one_goes(mirror: Mirror, trial: Path) -> None:
