@@ -8,8 +8,6 @@ import sys
 import psutil
 import pytest
 
-pytest.importorskip("ray", reason="Ray is not installed")
-
 from cluster import actor, session
 from cluster.actor import INTERFACES, interface, talk_through
 from cluster.tasks import ClusterError

@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 import pytest
 
-pytest.importorskip("ray", reason="Ray is not installed")
-
 from cluster import placement, ray_train
 from cluster.placement import Room
 from cluster.ray_train import TrainRoom

@@ -16,6 +16,7 @@ from orchestrator.recipe import expand, load
 from orchestrator.run_trial import Assignment, run_trial
 from orchestrator.trial import Trial
 from orchestrator.workloads import fingerprint
+from strategies.contract import Clock
 from tests.workers import run_workers
 
 RECIPE = """
@@ -53,8 +54,8 @@ def train_until(worker: Any, trial: Trial, folder: Path, stop: int | None) -> Se
             raise InterruptedError
         step(run)
 
-    def watched_batch(run: PhaseRun, start: int, end: int, *rest: Any) -> Any:
-        batch = mapped(run, start, end, *rest)
+    def watched_batch(run: PhaseRun, clock: Clock, start: int, end: int) -> Any:
+        batch = mapped(run, clock, start, end)
         for position, x in zip(range(start, end), batch.x, strict=True):
             seen[position] = (run.progress.steps, hashlib.sha256(x.numpy().tobytes()).hexdigest())
         return batch

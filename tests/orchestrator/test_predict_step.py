@@ -164,7 +164,7 @@ def test_a_step_takes_no_less_with_more_latency_or_less_bandwidth(
         return step_seconds(Compute(1e-3, 1e-4, 0, slowdown), hardware, gradient, Load(workers, local, 1))
 
     here = seconds(latency, 1e9) * (1 - 1e-12)
-    assert seconds(latency * slower + slower - 1, 1e9) >= here
+    assert seconds(latency * slower + (slower - 1), 1e9) >= here
     assert seconds(latency, 1e9 / slower) >= here
 
 
