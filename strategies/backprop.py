@@ -144,6 +144,11 @@ class Backprop:
             needs |= update.needs
         return needs
 
+    @property
+    def ends_itself(self) -> bool:
+        """Whether an update may end a phase before all of its steps are taken."""
+        return any(type(update).ended is not Update.ended for update in self.updates)
+
     def init(self, net: Net, worker: Worker) -> State:
         optimizer = self.optimizer(net.train())
         names = {id(p): name for name, p in net.named_parameters()}

@@ -43,7 +43,7 @@ class LateAverage(Update):
     needs = Need.LAYER_WEIGHTS
 
     def suits(self, learner: Backprop) -> None:
-        if any(type(update).ended is not Update.ended for update in learner.updates):
+        if learner.ends_itself:
             raise PlanError(
                 "swa starts at a share of a phase's steps, but adascale ends it before: leave one of the two out"
             )

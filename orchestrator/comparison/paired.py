@@ -32,9 +32,8 @@ class Difference:
     n: int
     below: int  # pairs whose difference is below zero for certain
     above: int
-    p: (
-        float | None
-    )  # two-sided; None for one pair, for equal differences, whose scatter is not known, and without a sign
+    # two-sided; None for one pair, for equal differences, whose scatter is not known, and without a sign
+    p: float | None
     test: str  # "t" or "sign"
 
 

@@ -116,7 +116,7 @@ def only_phase(plan: Plan, by: object) -> Phase:
     if phase.source is not all_data:
         raise PlanError(f"{name} resizes the data of phase '{phase.name}', which another method chooses: leave one out")
     learner = amend(phase, by).learner
-    if isinstance(learner, Backprop) and any(type(update).ended is not Update.ended for update in learner.updates):
+    if isinstance(learner, Backprop) and learner.ends_itself:
         raise PlanError(
             f"{name} gives each phase its share of the epochs, but adascale ends a phase by itself: leave one out"
         )

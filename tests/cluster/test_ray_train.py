@@ -122,36 +122,32 @@ def rest(worker: Worker, seconds: float) -> None:
     time.sleep(seconds)
 
 
-@pytest.mark.slow
-def test_a_stopped_worker_is_noticed() -> None:
-    """Also where no other one waits for it."""
-    gang = TrainGang(1, timeout=5)
+def stopped(size: int, work: Any) -> Any:
+    """What is told when the last of `size` workers is stopped at work."""
+    gang = TrainGang(size, timeout=5)
     try:
         outcome = run(gang, processes)
         assert isinstance(outcome, Done)
-        gang.start(Task(rest, 60.0, "ddp"))
+        gang.start(Task(work, 60.0, "ddp"))
         assert gang.poll(0.5) is None
-        os.kill(outcome.value[0], signal.SIGSTOP)
-        assert gang.poll(20) == Lost(0, "no sign of life from rank 0 for 5 s")
+        os.kill(outcome.value[-1], signal.SIGSTOP)
+        lost = gang.poll(20)
     finally:
         gang.close()
     assert not alive(outcome.value)
+    return lost
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_is_noticed() -> None:
+    """Also where no other one waits for it."""
+    assert stopped(1, rest) == Lost(0, "no sign of life from rank 0 for 5 s")
 
 
 @pytest.mark.slow
 def test_a_stopped_worker_is_blamed_not_the_one_that_waits_for_it() -> None:
-    gang = TrainGang(2, timeout=5)
-    try:
-        outcome = run(gang, processes)
-        assert isinstance(outcome, Done)
-        gang.start(Task(wait_for_peer, 60.0, "ddp"))
-        assert gang.poll(0.5) is None
-        os.kill(outcome.value[1], signal.SIGSTOP)
-        lost = gang.poll(20)
-        assert isinstance(lost, Lost) and lost.rank == 1, lost
-    finally:
-        gang.close()
-    assert not alive(outcome.value)
+    lost = stopped(2, wait_for_peer)
+    assert isinstance(lost, Lost) and lost.rank == 1, lost
 
 
 @pytest.mark.slow
