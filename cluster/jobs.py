@@ -23,6 +23,8 @@ ZIP_HEADERS = 150  # bytes per file, about: Ray's package is a zip file without 
 KNOCK_LIMIT = 5.0  # seconds
 PATIENCE = 60.0  # seconds that a dashboard may be away while a job is followed
 POLL = 1.0  # seconds
+NO_AGENT = "No available agent"  # what a dashboard says that has no agent to hand the job to
+NO_AGENT_YET = 30.0  # seconds: a head that has just started has none yet
 CHATTY = (  # loggers of the client
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -104,9 +106,25 @@ def package_size(sizes: Mapping[str, int]) -> int:
 
 
 def submit(client: Any, entrypoint: str, runtime_env: dict[str, Any]) -> str:
-    """Uploads the working directory and starts the job; its id. Raises ClusterError."""
+    """Uploads the working directory and starts the job, once the head is ready for it; its id. Raises ClusterError."""
+    limit = time.monotonic() + NO_AGENT_YET
     with told(client.get_address()):
-        return str(client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
+        while True:
+            try:
+                return str(client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
+            except RuntimeError as error:
+                if NO_AGENT not in str(error):
+                    raise
+                if time.monotonic() > limit:
+                    raise RuntimeError(_without_agent()) from None
+            time.sleep(POLL)
+
+
+def _without_agent() -> str:
+    return (
+        "this Ray has no agent that starts jobs: another Ray on its host may hold the agent's port, 52365; "
+        "stop that one, or start this one with `ray start --head --dashboard-agent-listen-port=PORT`"
+    )
 
 
 def follow(client: Any, job: str, write: Callable[[str], object]) -> Ended:

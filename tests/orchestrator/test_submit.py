@@ -136,6 +136,34 @@ def test_an_address_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
         jobs.knock(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
+class Unready:
+    """A client whose cluster has no agent to start a job, for the first `times` that it is asked."""
+
+    def __init__(self, times: float) -> None:
+        self.times = times
+
+    def get_address(self) -> str:
+        return NOWHERE
+
+    def submit_job(self, **options: object) -> str:
+        self.times -= 1
+        if self.times >= 0:
+            raise RuntimeError("status code 500: No available agent to submit job, please try again later.")
+        return "job"
+
+
+def test_a_head_that_has_just_started_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "POLL", 0.01)
+    assert jobs.submit(Unready(3), "true", {}) == "job"
+
+
+def test_a_head_without_an_agent_is_told_of_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "POLL", 0.01)
+    monkeypatch.setattr(jobs, "NO_AGENT_YET", 0.1)
+    with pytest.raises(jobs.ClusterError, match="--dashboard-agent-listen-port"):
+        jobs.submit(Unready(float("inf")), "true", {})
+
+
 def test_plain_ray_has_no_jobs_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray.job_submission", None)
     with pytest.raises(jobs.ClusterError, match=r'pip install "ray\[default\]"'):
@@ -246,14 +274,15 @@ def answers(address: str) -> bool:
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The dashboard's address of a Ray head with a token, in a session directory of its own."""
     home = tmp_path_factory.mktemp("head")
-    port, dashboard = free_ports(2)
+    port, dashboard, agent = free_ports(3)  # all its own: it may run beside another Ray
     directory = f"/tmp/bigbatch-test-{os.getpid()}"  # short: it holds unix sockets
     scripts = str(Path(sys.executable).parent)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "BIGBATCH_"))}
     environment |= {"HOME": str(home), "PATH": f"{scripts}:{environment['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     options = ["--num-cpus=4", f"--port={port}", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
-    options += [f"--dashboard-port={dashboard}", f"--temp-dir={directory}", "--object-store-memory=100000000"]
+    options += [f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
+    options += [f"--temp-dir={directory}", "--object-store-memory=100000000"]
     command = [f"{scripts}/ray", "start", "--head", "--block", *options]
     with open(home / "log", "wb") as log:
         ray = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=home, start_new_session=True)
