@@ -150,17 +150,20 @@ def _device_name(worker: Worker) -> str:
 
 
 class Log(io.TextIOWrapper):
-    """A text file that keeps no secrets."""
+    """A text file that keeps no secrets, and drops what the disk does not take: no print ends a training."""
 
     def write(self, text: str) -> int:
-        return super().write(redact(text))
+        with contextlib.suppress(OSError):
+            super().write(redact(text))
+        return len(text)
 
 
 @contextlib.contextmanager
 def rank_log(path: Path) -> Iterator[None]:
     """What the rank prints goes into its own file, across attempts; and where it stands, should it hang."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with Log(open(path, "ab"), encoding="utf-8", line_buffering=True) as file:
+    # no buffer between, which would hold what could not be written and fail when it is closed
+    with Log(open(path, "ab", buffering=0), encoding="utf-8", write_through=True) as file:
         print(f"# pid {os.getpid()} at {time.strftime('%Y-%m-%d %H:%M:%S')}", file=file)
         with stacks.written_to(file), contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             try:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from cluster.engines import make_worker
 from orchestrator.recipe import expand, load
-from orchestrator.run_trial import Assignment, run_trial
+from orchestrator.run_trial import Assignment, rank_log, run_trial
 from orchestrator.trial import Trial
 from orchestrator.workloads import fingerprint
 
@@ -51,3 +52,13 @@ def test_the_result_tells_what_a_reader_needs(tmp_path: Path) -> None:
     assert {"startup", "data", "train", "eval", "save"} == result["seconds"].keys()
     assert all(seconds >= 0 for seconds in result["seconds"].values())
     assert result["final"].keys() >= {"train_loss", "test_loss", "test_accuracy"} and not result["reused"]
+
+
+def test_a_full_disk_costs_a_rank_its_log_and_nothing_else(tmp_path: Path) -> None:
+    """Words that the disk does not take end no training, and hide no error of it."""
+    log = tmp_path / "rank_0.log"
+    log.symlink_to("/dev/full")
+    with rank_log(log):
+        print("a line", flush=True)
+    with pytest.raises(ValueError, match="mine"), rank_log(log):
+        raise ValueError("mine")
