@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,24 @@ RAY = [
 ]
 
 
+@dataclass(frozen=True)
+class Hosts:
+    """Two nodes with a cable between them."""
+
+    inside: list[str]  # what a driver's command on the first begins with
+    environment: dict[str, str]  # of a driver
+    cable: list[str]  # what a command on the cable's far end begins with
+
+    def pull(self) -> None:
+        subprocess.run([*self.cable, "down"], check=True)
+
+    def plug(self) -> None:
+        subprocess.run([*self.cable, "up"], check=True)
+
+
 @contextmanager
-def two_hosts(hidden: Path, temporary: Path) -> Iterator[tuple[list[str], dict[str, str]]]:
-    """Two nodes of a CPU each, with networks and addresses of their own and a cable between them; the second does not see
-    `hidden`. -> (what a driver's command on the first begins with, its environment)."""
+def two_hosts(hidden: Path, temporary: Path) -> Iterator[Hosts]:
+    """Nodes of a CPU each, with networks and addresses of their own; the second does not see `hidden`."""
     require_mounts(hidden)
     spaces = [f"bigbatch{os.getpid()}{side}" for side in "ab"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_AUTH_MODE": "token"}
@@ -117,7 +132,7 @@ def two_hosts(hidden: Path, temporary: Path) -> Iterator[tuple[list[str], dict[s
         for space in spaces:
             _must("ip", "netns", "add", space)
             held.callback(subprocess.run, ["ip", "netns", "delete", space])
-        _connect(spaces)
+        cable = _connect(spaces)
         head = [*RAY, "--head", f"--node-ip-address={HEAD}", "--port=6399", f"--temp-dir={temporary}"]
         other = [*RAY, f"--address={HEAD}:6399", f"--node-ip-address={OTHER}"]
         hide = f"mount --make-rprivate / && mount -t tmpfs none {shlex.quote(str(hidden))} && exec {shlex.join(other)}"
@@ -128,10 +143,11 @@ def two_hosts(hidden: Path, temporary: Path) -> Iterator[tuple[list[str], dict[s
             process = subprocess.Popen(command, env=environment, stdout=-3, stderr=-3, start_new_session=True)
             held.callback(end, process)
             time.sleep(8)  # the second looks for the first
-        yield inside[0], environment | {"RAY_ADDRESS": f"{HEAD}:6399"}
+        yield Hosts(inside[0], environment | {"RAY_ADDRESS": f"{HEAD}:6399"}, cable)
 
 
-def _connect(spaces: list[str]) -> None:
+def _connect(spaces: list[str]) -> list[str]:
+    """-> how a command on the second end begins."""
     ends = [f"bb{os.getpid()}{side}" for side in "ab"]
     _must("ip", "link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
     for space, cable, address in zip(spaces, ends, (HEAD, OTHER), strict=True):
@@ -139,6 +155,7 @@ def _connect(spaces: list[str]) -> None:
         _must("ip", "-n", space, "addr", "add", f"{address}/24", "dev", cable)
         for device in ("lo", cable):
             _must("ip", "-n", space, "link", "set", device, "up")
+    return ["ip", "-n", spaces[1], "link", "set", ends[1]]
 
 
 def _must(*command: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.cluster.nodes import Nodes, nodes, two_hosts
+from tests.cluster.nodes import Hosts, Nodes, nodes, two_hosts
 from tests.orchestrator.test_study_on_ray import until, without_seconds
 
 RECIPE = """
@@ -225,13 +225,37 @@ def raylet(node: Any) -> int:
     return int(node.all_processes["raylet"][0].process.pid)
 
 
+@pytest.fixture(scope="module")
+def hosts(folder: Path) -> Iterator[Hosts]:
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as temporary, two_hosts(folder, Path(temporary)) as made:
+        yield made
+
+
 @pytest.mark.slow
-def test_two_hosts_with_addresses_of_their_own(folder: Path, near: Driver) -> None:
+def test_two_hosts_with_addresses_of_their_own(folder: Path, near: Driver, hosts: Hosts) -> None:
     """Ranks find each other through the interface that holds their node's address: loopback does not lead there."""
-    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as temporary, two_hosts(folder, Path(temporary)) as host:
-        inside, environment = host
-        driver = Driver(folder, "hosts", HERE, environment, inside=inside)
-        code, err = driver.end()
+    driver = Driver(folder, "hosts", HERE, hosts.environment, inside=hosts.inside)
+    code, err = driver.end()
     assert code == 0, err
     assert driver.weights() == near.weights()
     assert "pid" in driver.log(0) and "pid" in driver.log(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seconds", "losses"), [(3, 0), (25, 1)])
+def test_the_cable_between_two_hosts_is_pulled(
+    folder: Path, near: Driver, hosts: Hosts, seconds: int, losses: int
+) -> None:
+    """For less than `cluster.timeout` nobody minds; after it the gang is replaced once its node can be reached again."""
+    cluster = HERE.replace("30", "10")
+    driver = Driver(folder, f"cable{seconds}", cluster, hosts.environment, inside=hosts.inside)
+    until_saved(driver)
+    hosts.pull()
+    time.sleep(seconds)
+    assert driver.process.poll() is None
+    hosts.plug()
+    code, err = driver.end(180)
+    assert code == 0, err
+    assert err.count("a new gang goes on") == losses, err
+    assert driver.weights() == near.weights()
+    assert without_seconds(driver.rows()) == without_seconds(near.rows())
