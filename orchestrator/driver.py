@@ -99,6 +99,7 @@ class Driver:
         self.launcher = Launcher(study.recipe.cluster, study.runs.resolve())
         self.counts = self._count()
         self.started = time.time()
+        self.mirror: wandb_mirror.Mirror | None = None
         self.state = "running"
         self.exit_code: int | None = None
         self.began: dict[str, float] = {}  # gang -> when its last trial ended, on the worker's clock
@@ -110,17 +111,14 @@ class Driver:
     def run(self) -> int:
         if not self.waiting:
             return self._nothing_to_do()
-        self.store.journal("study_started", pid=os.getpid(), left=len(self.waiting))
-        tracking = self.study.recipe.tracking.wandb
-        mirror = wandb_mirror.start(self.store.directory, tracking) if tracking else None
         try:
             code = self._trials()
         finally:
             self.launcher.close([gang for gang, _ in self.busy.values()] + self.idle)
         self._end(code)
         self._report()
-        if mirror:
-            mirror.stop()
+        if self.mirror:
+            self.mirror.stop()
         return code
 
     def _trials(self) -> int:
@@ -131,8 +129,14 @@ class Driver:
                 self.view.update(self.status())
         return code
 
+    def _begin(self) -> None:
+        self.store.journal("study_started", pid=os.getpid(), left=len(self.waiting))
+        if tracking := self.study.recipe.tracking.wandb:
+            self.mirror = wandb_mirror.start(self.store.directory, tracking)
+
     def _loop(self, signals: Signals) -> int:
         try:
+            self._begin()
             self.idle = self.launcher.open(len(self.waiting))
             signals.arm()
             while signals.code is None and (self.busy or (self.waiting and self.idle)):
