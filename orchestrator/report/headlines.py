@@ -31,10 +31,11 @@ SCALING = [name for name, method in CATALOGUE.items() if method.scales_rate]
 
 
 def headlines(summary: Summary) -> list[str]:
-    """What is missing, if anything; a sentence or two per arm; arms compared seed by seed, then the two leading ones."""
+    """What is missing, if anything; a sentence or two per arm, and where its search may have had to look further; arms
+    compared seed by seed, then the two leading ones."""
     describe = _scaling if summary.target else _quality
     arms = [describe(summary, arm, cells) if cells else _nothing(summary, arm) for arm, cells in summary.cells.items()]
-    return notices(summary) + arms + seed_by_seed(summary) + _comparison(summary)
+    return notices(summary) + arms + edges(summary) + seed_by_seed(summary) + _comparison(summary)
 
 
 def notices(summary: Summary) -> list[str]:
@@ -44,7 +45,7 @@ def notices(summary: Summary) -> list[str]:
     partial = f"partial: {len(results)} of {planned} trials have a result."
     left_out = f"{failed} of {planned} trials failed and {'is' if failed == 1 else 'are'} left out of all figures."
     counts = [partial] * (len(results) < planned) + [left_out] * (failed > 0)
-    return [*counts, *gaps(summary), *summary.study.cautions, *edges(summary)]
+    return [*counts, *gaps(summary), *summary.study.cautions]
 
 
 def gaps(summary: Summary) -> list[str]:
@@ -65,11 +66,15 @@ def _gaps(study: Study, arm: str, cells: list[Cell]) -> list[str]:
 
 
 def edges(summary: Summary) -> list[str]:
-    """Searches that may have had to look further."""
-    found = [(cell, cell.trials[0].edge) for cell in summary.all_cells if cell.trials[0].edge]
+    """Searches that may have had to look further, a sentence per arm."""
+    found: dict[str, dict[str, list[int]]] = {}  # arm -> what lies at an edge -> at which batch sizes
+    for cell in summary.all_cells:
+        for value in filter(None, (cell.trials[0].edge or "").split("; ")):
+            found.setdefault(cell.arm, {}).setdefault(value, []).append(cell.batch)
     # Under the same name, another box is refused: its results would not answer for this one.
     remedy = "widen the box and run it under another `study:` name."
-    return [f"{c.arm} at batch {c.batch}: the best point has {e}; {remedy}" for c, e in found]
+    places = {arm: joined([f"{e} at {batches(at)}" for e, at in values.items()]) for arm, values in found.items()}
+    return [f"{arm}: the best point has {where}; {remedy}" for arm, where in places.items()]
 
 
 def _nothing(summary: Summary, arm: str) -> str:

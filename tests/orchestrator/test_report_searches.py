@@ -87,6 +87,17 @@ def test_a_batch_size_of_a_grid_whose_trials_all_failed_is_told(tmp_path: Path) 
     assert headlines(summarise(load(made.path, None)))[1] == line
 
 
+def test_edges_are_a_sentence_per_arm_after_what_was_found(tmp_path: Path) -> None:
+    made = MadeStudy(tmp_path / "s")
+    rate, momentum = "rate 1 at the upper edge of [0, 1]", "momentum 0 at the lower edge of [0, 1]"
+    for batch, edge in ((32, rate), (64, rate), (128, f"{rate}; {momentum}"), (256, None)):
+        made.add("sgd", batch, 1, 100, role="winner", edge=edge)
+    found = headlines(summarise(load(made.path, None)))
+    assert found[0].startswith("sgd reaches")
+    where = f"{rate} at batches 32, 64 and 128 and {momentum} at batch 128"
+    assert found[1] == f"sgd: the best point has {where}; widen the box and run it under another `study:` name."
+
+
 def test_the_best_in_the_search_is_the_median_that_the_winner_was_chosen_by(tmp_path: Path) -> None:
     made = MadeStudy(tmp_path / "steps")
     accurate = MadeStudy(tmp_path / "metric", target=None)

@@ -115,9 +115,8 @@ def test_an_edge_is_told_in_the_result_the_report_and_at_the_end(
     (winner,) = by_role(runs, "winner")
     rate = winner["point"]["base.rate.peak"]
     assert winner["edge"] == f"base.rate.peak {rate:g} at the upper edge of [0.001, 0.2]"
-    sentence = (
-        f"base at batch 64: the best point has {winner['edge']}; widen the box and run it under another `study:` name."
-    )
+    where, remedy = f"{winner['edge']} at batch 64", "widen the box and run it under another `study:` name."
+    sentence = f"base: the best point has {where}; {remedy}"
     assert sentence in capsys.readouterr().err
     assert sentence.split("[")[0] in (runs / "quadratic/report.md").read_text()
     assert "role" in (runs / "quadratic/results.csv").read_text().splitlines()[0]
