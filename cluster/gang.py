@@ -74,7 +74,8 @@ class RayGang:
     def _rank(self, rank: int, threads: int, gpus: int) -> Any:
         group = self.placement.group
         place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group, rank)
-        options = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+        options: dict[str, Any] = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+        options["runtime_env"] = session.of_ranks()
         actor = remote(concurrency_groups={"pulse": 1}, scheduling_strategy=place, **options)(Rank)
         return actor.remote(rank, self.size, gpus)
 

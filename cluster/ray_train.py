@@ -25,7 +25,7 @@ from cluster.actor import Rank, Seat
 from cluster.gang import Pulse, kill, processes_here
 from cluster.mirror import make_sign, remove_sign
 from cluster.placement import PENDING, Room
-from cluster.session import gpus_each, ray
+from cluster.session import gpus_each, of_ranks, ray
 from cluster.tasks import ClusterError, Done, Failed, Lost, Outcome, Task, attempt, root_cause
 
 GRACE = 1.0  # seconds for other ranks to report after one has failed
@@ -171,7 +171,11 @@ class TrainGang:
                 resources_per_worker=each,
                 placement_strategy=self.strategy,
             ),
-            run_config=RunConfig(name=self.name, storage_path=self.folder),
+            run_config=RunConfig(  # its types are those of an older one
+                name=self.name,
+                storage_path=self.folder,
+                worker_runtime_env=of_ranks(),  # type: ignore[call-arg]
+            ),
         )
 
     def _fit(self, trainer: Any) -> None:

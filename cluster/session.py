@@ -18,6 +18,7 @@ from cluster.tasks import CapacityError, ClusterError
 
 OBJECT_STORE = 100 * 2**20  # bytes; tasks and results are small
 KNOCK_LIMIT = 5.0  # seconds
+ARENAS = "MALLOC_ARENA_MAX"  # of glibc
 
 
 def address() -> str:
@@ -38,6 +39,7 @@ def guard() -> None:
         os.environ.setdefault(
             "RAY_worker_niceness", "0"
         )  # Ray's 15 would have all else on the machine go before training
+        os.environ.setdefault(ARENAS, "1")  # see `of_ranks`; what the cluster starts inherits it
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # one machine: listen on loopback only, on Linux too
 
 
@@ -46,6 +48,13 @@ try:
     import ray
 except ModuleNotFoundError:
     raise ClusterError('several workers need Ray: pip install "bigbatch[ray]", or set launcher: solo') from None
+
+
+def of_ranks() -> dict[str, Any]:
+    """The `runtime_env` of ranks. They train in a thread that is not their first: glibc would give that one heaps of 64 MiB,
+    map anew each time what is larger, and give back what is freed."""
+    return {} if ARENAS in os.environ else {"env_vars": {ARENAS: "1"}}
+
 
 reaper: subprocess.Popen[str] | None = None  # of the private cluster
 directory = ""  # its files

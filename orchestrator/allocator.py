@@ -15,7 +15,8 @@ LARGEST = 2**31 - 1  # bytes; mallopt takes an int
 def keep_freed_memory() -> bool:
     """Freed memory stays with this process, so that the next step need not have its pages cleared and mapped again.
 
-    True if the C library took the setting (glibc does). The process's memory does not shrink any more until it ends.
+    True if the C library took the setting (glibc does). The process's memory does not shrink any more until it ends. In
+    threads but the first it holds only where there is one arena (MALLOC_ARENA_MAX=1), as in the ranks of a gang.
     """
     if sys.platform != "linux":
         return False

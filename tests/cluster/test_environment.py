@@ -22,6 +22,7 @@ def test_a_cluster_of_our_own_asks_for_a_token(
     session.guard()
     assert (os.environ.get("RAY_AUTH_MODE") == "token") is ours
     assert ("RAY_AUTH_TOKEN" in os.environ) is ours
+    assert (session.ARENAS in os.environ) is ours and bool(session.of_ranks()) is not ours
     assert bool(session.address()) is not ours
 
 
