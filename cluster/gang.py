@@ -74,9 +74,9 @@ class RayGang:
     def _rank(self, rank: int, threads: int, gpus: int) -> Any:
         group = self.placement.group
         place = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group, rank)
-        options: dict[str, Any] = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
-        options["runtime_env"] = session.of_ranks()
-        actor = remote(concurrency_groups={"pulse": 1}, scheduling_strategy=place, **options)(Rank)
+        options = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+        where = {"scheduling_strategy": place, "runtime_env": session.of_ranks()}
+        actor = remote(concurrency_groups={"pulse": 1}, **where, **options)(Rank)
         return actor.remote(rank, self.size, gpus)
 
     @property

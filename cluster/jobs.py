@@ -25,6 +25,10 @@ PATIENCE = 60.0  # seconds that a dashboard may be away while a job is followed
 POLL = 1.0  # seconds
 NO_AGENT = "No available agent"  # what a dashboard says that has no agent to hand the job to
 NO_AGENT_YET = 30.0  # seconds: a head that has just started has none yet
+START_AGENT = (
+    "this Ray has no agent that starts jobs: another Ray on its host may hold the agent's port, 52365; "
+    "stop that one, or start this one with `ray start --head --dashboard-agent-listen-port=PORT`"
+)
 CHATTY = (  # loggers of the client
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
@@ -81,7 +85,7 @@ def told(url: str) -> Iterator[None]:
         raise ClusterError(f"{url} asks for a token: {authentication.remedy()}") from None
     except (RayError, RuntimeError, ValueError, OSError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ClusterError(f"{url}: {line}") from None
+        raise ClusterError(f"{url}: {START_AGENT if NO_AGENT in line else line}") from None
 
 
 def shipped(directory: Path, excludes: Sequence[str]) -> dict[str, int]:
@@ -113,18 +117,9 @@ def submit(client: Any, entrypoint: str, runtime_env: dict[str, Any]) -> str:
             try:
                 return str(client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env))
             except RuntimeError as error:
-                if NO_AGENT not in str(error):
+                if NO_AGENT not in str(error) or time.monotonic() > limit:
                     raise
-                if time.monotonic() > limit:
-                    raise RuntimeError(_without_agent()) from None
             time.sleep(POLL)
-
-
-def _without_agent() -> str:
-    return (
-        "this Ray has no agent that starts jobs: another Ray on its host may hold the agent's port, 52365; "
-        "stop that one, or start this one with `ray start --head --dashboard-agent-listen-port=PORT`"
-    )
 
 
 def follow(client: Any, job: str, write: Callable[[str], object]) -> Ended:

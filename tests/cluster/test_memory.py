@@ -45,6 +45,7 @@ def test_a_rank_keeps_what_it_frees(gang: RayGang, mebibytes: int) -> None:
 
 def test_ranks_of_other_clusters_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster that we start has inherited the setting; to others it goes with each rank."""
+    monkeypatch.setenv(session.ARENAS, "1")
     assert session.of_ranks() == {}
     monkeypatch.delenv(session.ARENAS)
     assert session.of_ranks() == {"env_vars": {"MALLOC_ARENA_MAX": "1"}}
