@@ -21,6 +21,7 @@ from orchestrator.signals import Stopped
 from orchestrator.store import Store
 from orchestrator.study import Changed, Study
 from orchestrator.workloads.noisy_quadratic import steps_to_target
+from tests.orchestrator import small_study
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUADRATIC = """
@@ -39,21 +40,8 @@ log_steps: 60
 Told = dict[str, tuple[Any, ...]]
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.report.build", lambda study, trials=None: ["a headline"])
-
-
 def study(runs: Path, *sets: str, text: str = QUADRATIC) -> Study:
-    runs.parent.mkdir(parents=True, exist_ok=True)
-    path = runs.parent / "recipe.yaml"
-    path.write_text(text)
-    return Study(load(path, sets), text, runs)
+    return small_study.study(runs, *sets, text=text)
 
 
 def results(runs: Path, name: str = "quadratic") -> Told:

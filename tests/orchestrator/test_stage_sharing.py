@@ -18,6 +18,8 @@ from orchestrator.study import Study
 from strategies.contract import PlanError
 from tests.orchestrator.test_plain_cnn import CNNS
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 RECIPE = """
 study: {name}
 workload:
@@ -40,11 +42,6 @@ search:
   winners: 1
   space: {base.rate.peak: {exponential: 0.01}, base.optimizer.sgd.weight_decay: {exponential: 0.001}}
 """
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.report.build", lambda study, trials=None: ["a headline"])
 
 
 def run(runs: Path, name: str, stages: list[str], options: dict[str, Any], more: str = "") -> Store:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -14,47 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from orchestrator.cli import app
 from orchestrator.driver import Driver, drive
-from orchestrator.files import Damaged
 from orchestrator.recipe import load
 from orchestrator.report.load import load as load_study
 from orchestrator.store import Busy, Store
 from orchestrator.study import Changed, Study, differences
-
-RECIPE = """
-study: small
-workload:
-  data: digits
-  model: {mlp: {width: 16, depth: 2}}
-  target: {test_accuracy: 0.5}
-cluster: {launcher: solo}
-base: {epochs: 2, batch: 128, rate: {peak: 0.2}}
-arms:
-  sgd: {}
-  smooth: {strategies: [label_smoothing: {amount: 0.1}]}
-grid: {base.batch: [128, 512]}
-seeds: 2
-"""
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports have tests of their own and take seconds."""
-    monkeypatch.setattr("orchestrator.report.build", lambda study, trials=None: ["a headline"])
-
-
-def study(runs: Path, *sets: str, text: str = RECIPE) -> Study:
-    path = runs.parent / "recipe.yaml"
-    path.write_text(text)
-    return Study(load(path, sets), text, runs)
+from tests.orchestrator.small_study import RECIPE, study
 
 
 def events(runs: Path, name: str = "small") -> list[dict[str, Any]]:
@@ -241,61 +206,12 @@ def test_a_trial_is_on_file_before_the_next_one_is_trained(runs: Path) -> None:
         assert done.joinpath("result.json").stat().st_mtime_ns < following.joinpath("metrics.jsonl").stat().st_mtime_ns
 
 
-def damaged(runs: Path) -> str:
-    with pytest.raises(Damaged) as error:
-        drive(study(runs))
-    return str(error.value)
-
-
-@pytest.mark.usefixtures("no_report")
-def test_damaged_files_are_named_and_nothing_is_made_up_for_them(runs: Path) -> None:
-    drive(study(runs))
-    trial = study(runs).trials[0].id
-    folder = runs / "small/trials" / trial
-    whole = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    for name, content in (
-        ("result.json", b"{}"),
-        ("result.json", b""),
-        ("metrics.jsonl", b""),
-        ("metrics.jsonl", b"{}\n"),
-    ):
-        (folder / name).write_bytes(content)
-        assert name in (said := damaged(runs)) and said.endswith(f"remove {folder} to train the trial again")
-        assert name == "result.json" or (folder / "result.json").read_bytes() == whole["result.json"]
-        (folder / name).write_bytes(whole[name])
-    (folder / "metrics.jsonl").unlink()
-    assert "does not reach step " in damaged(runs)
-    shutil.rmtree(folder)
-    assert drive(study(runs)) == 0 and Store(runs / "small").finished(trial)
-
-
-@pytest.mark.parametrize("content", [b"", b"[]", b"a: [", b"\0\xff"])
-@pytest.mark.usefixtures("no_report")
-def test_a_damaged_recipe_on_file_is_told_and_a_damaged_status_is_no_matter(runs: Path, content: bytes) -> None:
-    text = RECIPE.replace("seeds: 2", "seeds: 1")
-    drive(study(runs, text=text))
-    (runs / "small/status.json").write_bytes(content)
-    assert drive(study(runs, text=text)) == 0
-    (runs / "small/resolved.yaml").write_bytes(content)
-    with pytest.raises(Damaged, match=r"resolved\.yaml: damaged"):
-        drive(study(runs, text=text))
-
-
 @pytest.mark.usefixtures("no_report")
 def test_trials_of_an_earlier_form_of_the_recipe_are_no_part_of_the_study(runs: Path) -> None:
     drive(study(runs))
     drive(study(runs, "base.epochs=3"))
     now = [trial.id for trial in study(runs, "base.epochs=3").trials]
     assert Store(runs / "small").trial_ids() == now == [r["trial"] for r in Store(runs / "small").results()]
-
-
-@pytest.mark.parametrize("content", ["5", "{}", "[5]", "null"])
-@pytest.mark.parametrize("command", ["show", "report"])
-def test_a_damaged_list_of_trials_is_one_line(tmp_path: Path, content: str, command: str) -> None:
-    (tmp_path / "trials").mkdir()
-    (tmp_path / "trials.json").write_text(content)
-    done = CliRunner().invoke(app, [command, str(tmp_path)])
-    assert done.exit_code == 2 and done.stderr.startswith(f"{tmp_path / 'trials.json'}: not a list of trials")
 
 
 @pytest.mark.usefixtures("no_report")
