@@ -51,7 +51,10 @@ def step_seconds(spec: Spec, workers: int, threads: int, **changes: Any) -> list
     """Of each trial's steps after those that warm up; without evaluation, as in the peers' loops."""
     study = common.bigbatch(recipe(spec, workers, threads, spec.warmup + spec.steps) | changes, TIMEOUT)
     trials = ([row["seconds"] for row in read_lines(file)] for file in study.glob("trials/*/metrics.jsonl"))
-    return [[end - start for start, end in pairwise(seconds[spec.warmup - 1 :])] for seconds in trials]
+    found = [[end - start for start, end in pairwise(seconds[spec.warmup - 1 :])] for seconds in trials]
+    if any(len(steps) != spec.steps for steps in found):
+        raise SystemExit(f"a trial ended before its last step, so its steps tell nothing: {study}")
+    return found
 
 
 def recipe(spec: Spec, workers: int, threads: int, last: int) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def recipe(spec: Spec, workers: int, threads: int, last: int) -> dict[str, Any]:
             "optimizer": {"sgd": {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}},
             "steps": last,
             "batch": spec.batch,
-            "rate": {"peak": 0.05},
+            "rate": {"peak": 1e-3},  # small, so that nothing diverges on random pixels; the seconds do not depend on it
         },
         "log_steps": 1,
     }  # fmt: skip
