@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,6 +36,7 @@ class Rank:
 
     def __init__(self, rank: int, size: int, gpus: int):
         stacks.listen()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # blocked in all that a private cluster starts
         import torch  # the slow part of starting, in all ranks at once
 
         self.rank, self.size = rank, size

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cluster import stacks
 from cluster.reaper import end, family
@@ -18,6 +25,8 @@ from cluster.tasks import CapacityError, ClusterError
 
 OBJECT_STORE = 100 * 2**20  # bytes; tasks and results are small
 KNOCK_LIMIT = 5.0  # seconds
+GOODBYE = 0.2  # seconds in which this process takes its leave of Ray's
+ENDING = {signal.SIGTERM, signal.SIGUSR1}  # what ends a study in order
 ARENAS = "MALLOC_ARENA_MAX"  # of glibc
 
 
@@ -92,28 +101,51 @@ def start(cpus: int, quiet: dict[str, Any]) -> None:
     global reaper, directory
     directory = tempfile.mkdtemp(prefix="bigbatch-ray-", dir="/tmp")  # short: it holds unix sockets
     command = [sys.executable, "-P", str(Path(__file__).with_name("reaper.py"))]
-    reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)
-    assert reaper.stdin
-    print(directory, file=reaper.stdin, flush=True)
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, cpus),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE,
-        _temp_dir=directory,
-        **quiet,
-    )
+    with deaf():
+        reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)
+        assert reaper.stdin
+        print(directory, file=reaper.stdin, flush=True)
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, cpus),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE,
+            _temp_dir=directory,
+            **quiet,
+        )
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Processes that start within never hear what ends a study. Schedulers, systemd and `timeout` send it to all processes
+    of a job: a driver whose cluster ends under it waits for a minute, and is then ended by Ray."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def disconnect() -> None:
     """Leave the cluster; end it if it is ours."""
     global reaper
-    own = family(directory) if reaper else set()  # before Ray ends some of them, whose children could not be found then
+    if not reaper:
+        return ray.shutdown()
+    own = family(directory)  # before Ray ends some of them, whose children could not be found then
+    hurry = threading.Thread(target=end_once_left, args=(own,))
+    hurry.start()
     ray.shutdown()
-    if reaper:
-        end(own)
-        reaper.communicate()
-        reaper = None
+    hurry.join()
+    reaper.communicate()
+    reaper = None
+
+
+def end_once_left(own: set[psutil.Process]) -> None:
+    """Ray asks its processes one by one to end, and waits a second for each: in vain where they are deaf."""
+    while ray.is_initialized():
+        time.sleep(GOODBYE / 10)
+    time.sleep(GOODBYE)
+    end(own)
 
 
 def gpus_each(workers: int) -> int:

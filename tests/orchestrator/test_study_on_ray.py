@@ -143,6 +143,22 @@ def test_interrupted_driver(tmp_path: Path, unbroken: Running, sign: int, expect
     assert second.results().keys() == unbroken.results().keys()
 
 
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_to_all_processes(tmp_path: Path, sign: int) -> None:
+    """As Slurm, systemd and `timeout` send it: the driver's own cluster stays until the study has ended in order."""
+    running = Running(tmp_path, epochs=1000)
+    running.wait_for_step(100)
+    driver = psutil.Process(running.process.pid)
+    everyone = [driver, *driver.children(recursive=True)]
+    for process in everyone:
+        process.send_signal(sign)
+    start = time.monotonic()
+    code, err = running.end()
+    assert code == 75 and time.monotonic() - start < 10, err
+    assert json.loads((running.study / "status.json").read_text())["state"] == "interrupted"
+    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in everyone[1:]), 10)
+
+
 def test_cold_and_fifth_on_a_warm_gang(tmp_path: Path) -> None:
     """Five trials on one gang; then the fifth alone, cold. Bit-identical, and the gaps are short."""
     warm = Running(tmp_path, "warm", epochs=2, seeds="[0, 1, 2, 3, 4]")
