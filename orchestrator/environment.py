@@ -70,7 +70,10 @@ def _cpuinfo(field: str) -> str:
 
 
 def cpu_model() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    """Name, family and model: virtual machines often name no more than the maker's line."""
+    name = _cpuinfo("model name") or platform.processor() or platform.machine()
+    family, model = _cpuinfo("cpu family"), _cpuinfo("model")
+    return f"{name} (family {family}, model {model})" if family and model else name
 
 
 def gpu_count() -> int:

@@ -137,3 +137,12 @@ def test_imports_neither_torch_nor_ray_nor_wandb() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert ran.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("family, told", [("25", "AMD EPYC (family 25, model 17)"), ("", "AMD EPYC")])
+def test_the_processor_is_told_with_family_and_model_where_it_has_them(
+    monkeypatch: pytest.MonkeyPatch, family: str, told: str
+) -> None:
+    facts = {"model name": "AMD EPYC", "cpu family": family, "model": "17"}
+    monkeypatch.setattr(environment, "_cpuinfo", facts.__getitem__)
+    assert environment.cpu_model() == told

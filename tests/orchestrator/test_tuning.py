@@ -50,12 +50,12 @@ def test_switches():
     assert tune(net, sample, 64, WORKER, True) == 2 and patched(net) == [0, 3]
 
 
-def test_measured_once_with_at_most_32_examples(monkeypatch, cache):
+def test_measured_once_with_at_most_128_examples(monkeypatch, cache):
     sizes = []
     monkeypatch.setattr(tuning, "_patch_gain", lambda conv, size, dtype: sizes.append(size) or 2.0)
-    for local in (64, 128):
+    for local in (256, 512):
         tune(network(), sample, local, WORKER, "auto")
-    assert sizes == [(32, 8, 2, 2)]
+    assert sizes == [(128, 8, 2, 2)]
     ((key, gain),) = json.loads(cache.read_text()).items()
     assert gain == 2.0 and "torch.float32" in key and f"threads {torch.get_num_threads()}" in key
 
