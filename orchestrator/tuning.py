@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 WORTH = 1.1  # times as fast, or nothing is changed
 LARGEST_MAP = 64  # output positions: beyond them patches never paid
-EXAMPLES = 128  # a convolution is timed with at most so many; patches of few stay in cache, and gain more than in training
+EXAMPLES = 128  # a convolution is timed with at most so many; patches of fewer stay in cache, and gain more
 ROUNDS = 3
 
 
