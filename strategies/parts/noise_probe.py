@@ -21,7 +21,8 @@ class NoiseProbe:
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         self.size = 0  # examples of the micro-batch in work
         self.parts = 0  # micro-batches of this step so far
-        self.weighted: Any = 0.0  # sum of |share_i g_i|^2 / size_i
+        self.seen: list[Tensor] = []  # norms of rows of the micro-batch's gradients
+        self.weighted: Any = 0.0  # sum of |share_i g_i|^2 / size_i, without the micro-batch in work
         self.counted: dict[int, Tensor] = {}  # parts of a global batch of that size, on all workers
         net.register_forward_pre_hook(self._forward)
         for p in self.parameters:
@@ -29,10 +30,16 @@ class NoiseProbe:
 
     def _forward(self, net: Any, inputs: tuple[Tensor, ...]) -> None:
         if net.training:
+            self._close()
             self.size, self.parts = len(inputs[0]), self.parts + 1
 
     def _backward(self, grad: Tensor) -> None:
-        self.weighted = self.weighted + square_norm(grad.detach()) / self.size
+        self.seen.append(norms(grad.detach()))
+
+    def _close(self) -> None:
+        """The micro-batch in work has ended."""
+        if self.seen:
+            self.weighted, self.seen = self.weighted + square(self.seen) / self.size, []
 
     def measure(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """(tr(Sigma), |G|^2, parts): estimates from the parts of this step's global batch, alike on all ranks.
@@ -56,17 +63,25 @@ class NoiseProbe:
             raise PlanError(
                 f"{self.by} compares parts of a batch, but there is one: add workers, or halve base.micro_batch"
             )
+        self._close()
         if batch not in self.counted:
             self.counted[batch] = self.worker.sum_(self.weighted.new_tensor(self.parts))
         parts, weighted = self.counted[batch], self.weighted * (batch / workers) ** 2
-        mean_square = sum(square_norm(p.grad) for p in self.parameters if p.grad is not None)
+        mean_square = square([norms(p.grad) for p in self.parameters if p.grad is not None])
         self.parts, self.weighted = 0, 0.0
         return *from_sums(weighted, parts, batch, mean_square / workers), parts
 
 
-def square_norm(grad: Tensor) -> Tensor:
-    """() |grad|^2 in float64: by rows in the gradient's own precision, short enough for it, then over rows."""
+def norms(grad: Tensor) -> Tensor:
+    """Of rows, in the gradient's own precision, for which they are short enough; of vectors, each element's. No view: the
+    gradient itself will be averaged over workers in place."""
     import torch
 
-    rows = torch.linalg.vector_norm(grad, dim=tuple(range(1, grad.ndim))) if grad.ndim > 1 else grad
-    return rows.double().square().sum()
+    return torch.linalg.vector_norm(grad, dim=tuple(range(1, grad.ndim))) if grad.ndim > 1 else grad.abs().view(-1)
+
+
+def square(found: list[Tensor]) -> Tensor:
+    """() |g|^2 in float64, from `norms` of all of a network's gradients. All at once: small networks have many tensors."""
+    import torch
+
+    return torch.cat(found).double().square().sum()
