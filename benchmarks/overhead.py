@@ -1,4 +1,5 @@
-"""What orchestration costs, `python -m benchmarks.overhead`: seconds that a trial adds, and what books add to a step."""
+"""What orchestration costs, `python -m benchmarks.overhead`: seconds that a trial adds, and (`benchmarks.books`) what books
+add to a step."""
 
 from __future__ import annotations
 
@@ -10,12 +11,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common
+from benchmarks import books, common
 from benchmarks.one_step import Member, meeting, on_gang, one_step
 from orchestrator.files import read_json, read_lines
 
 TIMEOUT = 1200.0  # seconds per measurement
-NEVER = 10**9
 
 # ------------------------------------------------------------------------------------------ seconds per one-step trial
 
@@ -154,50 +154,15 @@ def per_trial(repeats: int, trials: int, slow: int) -> tuple[dict[str, list[floa
         disconnect()
 
 
-# --------------------------------------------------------------------------------------- books, as a share of a step
-
-PROBE = ["noise_scale"]
-WANDB = {"wandb": {"mode": "offline"}}
-NONE = "none"
-BOOKS: dict[str, dict[str, Any]] = {
-    NONE: {},
-    "metrics rows, every 50 steps": {"log_steps": 50},
-    "rows, and checkpoints as often as by default": {"log_steps": 50, "checkpoint": {"seconds": "auto"}},
-    "rows, and the W&B mirror, offline": {"log_steps": 50, "tracking": WANDB},
-    "gradient noise probe": {"strategies": PROBE},
-    "all of them": {
-        "log_steps": 50, "checkpoint": {"seconds": "auto"}, "tracking": WANDB, "strategies": PROBE
-    },
-}  # fmt: skip
-OFF: dict[str, Any] = {"log_steps": NEVER, "checkpoint": {"seconds": NEVER}, "tracking": {}}
-
-
-def step_seconds(name: str, steps: int) -> list[float]:
-    """Seconds per step by the wall clock, from the start of the last trial of a warm gang to its end."""
-    if "tracking" in BOOKS[name]:
-        common.require("wandb")
-    workload = {"data": "digits", "model": {"small_cnn": {"width": 32}}, "evaluate": {"steps": steps}}
-    recipe = tiny(base=tiny()["base"] | {"batch": 256, "steps": steps}, seeds=2, workload=workload)
-    study = common.bigbatch(recipe | OFF | BOOKS[name], TIMEOUT)
-    if "checkpoint" in BOOKS[name] and not saved(study):
-        raise common.Skipped("a trial of this length writes no checkpoint: --seconds 60")
-    events = {event["event"]: event["time"] for event in read_lines(study / "journal.jsonl")}  # the last of each kind
-    return [(events["trial_ended"] - events["trial_started"]) / steps]
-
-
-def saved(study: Path) -> bool:
-    return all(read_json(file)["seconds"]["save"] for file in study.glob("trials/*/result.json"))
-
-
 def main() -> None:
     parser = common.arguments(__doc__ or "", repeats=5)
     parser.add_argument("--trials", type=int, default=20, help="one-step trials per repeat, on warm workers")
     parser.add_argument("--slow-trials", type=int, default=3, help="the same, where each trial starts processes")
-    parser.add_argument("--seconds", type=float, default=30, help="length of a trial whose books are measured")
+    parser.add_argument("--rounds", type=int, default=300, help="turns of each recipe whose books are measured")
     parser.add_argument("--only", choices=["trials", "books"], help="one of the two tables")
     options = parser.parse_args()
     if options.quick:
-        options.repeats, options.trials, options.slow_trials, options.seconds = 1, 2, 1, 2
+        options.repeats, options.trials, options.slow_trials, options.rounds = 1, 2, 1, 3
     print(common.machine())
     results: dict[str, Any] = {}
     with common.scratch():
@@ -205,7 +170,7 @@ def main() -> None:
             results["trials"] = trials_table(options)
             common.save(options.json, results)
         if options.only != "trials":
-            results["books"] = books_table(options)
+            results["books"] = books.table(options.rounds)
             common.save(options.json, results)
 
 
@@ -214,23 +179,6 @@ def trials_table(options: Namespace) -> dict[str, Any]:
     rows = [(name, common.spread(found), str(len(found))) for name, found in samples.items()]
     common.tell("Seconds per one-step trial, 2 workers", ("contender", "seconds", "samples"), rows, skipped)
     return {"samples": samples, "skipped": skipped}
-
-
-def books_table(options: Namespace) -> dict[str, Any]:
-    steps = max(100, round(options.seconds / step_seconds(NONE, 100)[0]))
-    samples, skipped = common.interleave({name: partial(step_seconds, name, steps) for name in BOOKS}, options.repeats)
-    off = samples[NONE]
-    rows = [
-        (name, common.spread([1000 * value for value in found]), added(found, off)) for name, found in samples.items()
-    ]
-    title = f"A small CNN on 8x8 images, batch 256, 2 workers, trials of {steps} steps"
-    common.tell(title, ("book", "ms per step", "added, per cent"), rows, skipped)
-    return {"samples": samples, "skipped": skipped, "steps": steps}
-
-
-def added(found: list[float], off: list[float]) -> str:
-    """What a book adds to the step without any, by repeat."""
-    return common.spread([100 * (value / base - 1) for value, base in zip(found, off, strict=True)], 2)
 
 
 if __name__ == "__main__":

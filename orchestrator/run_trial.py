@@ -53,7 +53,7 @@ def _run(worker: Worker, assignment: Assignment) -> dict[str, Any]:
     trial = assignment.trial
     if trial.speed.keep_memory:
         keep_freed_memory()
-    job = _job(worker, assignment)
+    job = job_of(worker, assignment)
     data_seconds = time.perf_counter() - began
     trainer = Trainer(job, worker)
     progress = trainer.run()
@@ -110,7 +110,8 @@ def failure(trial: Trial, error: str) -> dict[str, Any]:
     return {**_names(trial), "status": "failed", "error": error, "workers": trial.cluster.workers}
 
 
-def _job(worker: Worker, assignment: Assignment) -> Any:
+def job_of(worker: Worker, assignment: Assignment) -> Any:
+    """The trainer's `Job`: the plan composed, the data set in memory."""
     import torch
 
     from orchestrator.phases import PhaseStore

@@ -239,14 +239,18 @@ class PhaseRun:
     def train(self) -> None:
         self.watch.lap()
         while self.progress.step < self.steps and self.progress.status == "running":
-            self._step()
-            if self._due():
-                self._log()
+            self.advance()
         self.worker.gather(optimizer=self.phase.hands_on)
         if self.phase.hands_on:
             self._ask("gather", self.state)
             self.handed_on = checkpoint.snapshot(self.state)
         self.phase.learner.finish(self.state)
+
+    def advance(self) -> None:
+        """One step, and what is due after it: a row, an evaluation, a checkpoint."""
+        self._step()
+        if self._due():
+            self._log()
 
     def _step(self) -> None:
         clock = self._clock()

@@ -173,7 +173,7 @@ def patch_trainer(module: Any, here: Here) -> None:
 
 
 def patch_run_trial(module: Any, here: Here) -> None:
-    before(module, "_job", lambda worker, order: here.pass_by("start", worker.rank, order.directory.name))
+    before(module, "job_of", lambda worker, order: here.pass_by("start", worker.rank, order.directory.name))
 
 
 def writes(here: Here, prefix: str, place: str | None = None) -> Callable[..., Any]:
