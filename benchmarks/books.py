@@ -35,12 +35,13 @@ from orchestrator.run_trial import Assignment, job_of
 from orchestrator.trainer import Carried, PhaseRun, Progress
 
 NEVER = 10**9
-TURN = 50  # steps: as often as there is a row
+TURNS = {"digits": 50, "cifar10": 5}  # data -> steps of a turn: some 15 and 150 ms each
+LOG_STEPS = 50
 WARMUP = 6  # rounds; in them W&B begins its runs
 TIMEOUT = 3600.0  # seconds for all rounds
 
 NONE, MIRRORED, ALL = "none", "rows, and the W&B mirror, offline", "all of them"
-ROWS: dict[str, Any] = {"log_steps": TURN}
+ROWS: dict[str, Any] = {"log_steps": LOG_STEPS}
 SAVES: dict[str, Any] = {"checkpoint": {"seconds": "auto"}}
 PROBE: dict[str, Any] = {"strategies": ["noise_scale"]}
 BOOKS: dict[str, dict[str, Any]] = {
@@ -53,10 +54,10 @@ BOOKS: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(steps: int, books: Mapping[str, Any]) -> dict[str, Any]:
+def recipe(data: str, steps: int, books: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "study": "books",
-        "workload": {"data": "digits", "model": {"small_cnn": {"width": 32}}, "evaluate": {"steps": steps}},
+        "workload": {"data": data, "model": {"small_cnn": {"width": 32}}, "evaluate": {"steps": steps}},
         "engine": "ddp",
         "cluster": {"workers": 2, "threads": 1},
         "precision": "fp32",
@@ -76,6 +77,7 @@ class Turns:
     assignments: Mapping[str, Assignment]
     mirrors: Mapping[str, int]  # process groups of W&B mirrors, which sleep while others have their turn
     rounds: int
+    steps: int  # of a turn
 
 
 def take_turns(worker: Any, turns: Turns) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def take_turns(worker: Any, turns: Turns) -> dict[str, Any]:
         for name in names[number % len(names) :] + names[: number % len(names)]:
             mirrors = turns.mirrors if worker.rank == 0 and number >= WARMUP else {}
             with awake(mirrors, name):
-                seconds[name].append(turn(worker, runs[name]))
+                seconds[name].append(turn(worker, runs[name], turns.steps))
     saves = {name: run.progress.saves for name, run in runs.items()}
     return {"seconds": {name: found[WARMUP:] for name, found in seconds.items()}, "saves": saves}
 
@@ -99,12 +101,13 @@ def begun(worker: Any, assignment: Assignment) -> PhaseRun:
     return PhaseRun(job, worker, Progress(), rows, Carried())
 
 
-def turn(worker: Any, run: PhaseRun) -> float:
+def turn(worker: Any, run: PhaseRun, steps: int) -> float:
     together(worker)
     start = time.perf_counter()
     run.watch.lap()  # what others did meanwhile was no training of this one
-    for _ in range(TURN):
+    for _ in range(steps):
         run.advance()
+    run.progress.train_seconds += run.watch.lap()
     together(worker)
     return time.perf_counter() - start
 
@@ -123,7 +126,7 @@ def awake(mirrors: Mapping[str, int], name: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------- in the driver
 
 
-def measure(rounds: int) -> dict[str, Any]:
+def measure(data: str, rounds: int) -> dict[str, Any]:
     """`take_turns` on a gang, and the seconds of processor time of W&B's processes meanwhile, by recipe."""
     from cluster.gang import RayGang
     from cluster.session import connect, disconnect
@@ -131,13 +134,13 @@ def measure(rounds: int) -> dict[str, Any]:
 
     common.require("ray", "wandb")
     root = Path(tempfile.mkdtemp())
-    assignments = {name: assigned(root / str(number), rounds, name) for number, name in enumerate(BOOKS)}
+    assignments = {name: assigned(root / str(number), data, rounds, name) for number, name in enumerate(BOOKS)}
     with mirrored({name: assignments[name].directory.parent.parent for name in (MIRRORED, ALL)}) as mirrors:
         connect(cpus=2)
         try:
             gang = RayGang(2)
             groups = {name: mirror.process.pid for name, mirror in mirrors.items()}
-            gang.start(Task(take_turns, Turns(assignments, groups, rounds), engine="ddp"))
+            gang.start(Task(take_turns, Turns(assignments, groups, rounds, TURNS[data]), engine="ddp"))
             outcome = gang.poll(TIMEOUT)
         finally:
             disconnect()
@@ -146,10 +149,10 @@ def measure(rounds: int) -> dict[str, Any]:
         return outcome.value | {"wandb_seconds": {name: processor_seconds(pid) for name, pid in groups.items()}}
 
 
-def assigned(study: Path, rounds: int, name: str) -> Assignment:
+def assigned(study: Path, data: str, rounds: int, name: str) -> Assignment:
     """The recipe's only trial, in a directory as the mirror expects it."""
-    text = json.dumps(recipe((WARMUP + rounds) * TURN + 1, BOOKS[name]))
-    (trial,) = expand(loads(text, "books.yaml"), "digits", "fp32")
+    text = json.dumps(recipe(data, (WARMUP + rounds) * TURNS[data] + 1, BOOKS[name]))
+    (trial,) = expand(loads(text, "books.yaml"), data, "fp32")
     folder = study / "trials" / trial.id
     folder.mkdir(parents=True)
     write_json(folder / "config.json", config(trial))
@@ -176,14 +179,14 @@ def processor_seconds(pid: int) -> float:
 # ----------------------------------------------------------------------------------------------------------- the table
 
 
-def table(rounds: int) -> dict[str, Any]:
-    found = measure(rounds)
+def table(data: str, rounds: int) -> dict[str, Any]:
+    found, steps = measure(data, rounds), TURNS[data]
     off, saves = found["seconds"][NONE], found["saves"]
     rows = [
-        (name, f"{1000 * statistics.median(seconds) / TURN:.3g}", added(seconds, off), str(saves[name]))
+        (name, f"{1000 * statistics.median(seconds) / steps:.3g}", added(seconds, off), str(saves[name]))
         for name, seconds in found["seconds"].items()
     ]
-    title = f"A small CNN on 8x8 images, batch 256, 2 workers, {rounds} turns of {TURN} steps each"
+    title = f"A small CNN on {data}, batch 256, 2 workers, {rounds} turns of {steps} steps each"
     common.tell(title, ("book", "ms per step, median", "added, per cent, mean", "checkpoints"), rows, {})
     for name, seconds in found["wandb_seconds"].items():
         print(

@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20, help="one-step trials per repeat, on warm workers")
     parser.add_argument("--slow-trials", type=int, default=3, help="the same, where each trial starts processes")
     parser.add_argument("--rounds", type=int, default=300, help="turns of each recipe whose books are measured")
+    parser.add_argument("--data", choices=[*books.TURNS], default="digits", help="with which books are measured")
     parser.add_argument("--only", choices=["trials", "books"], help="one of the two tables")
     options = parser.parse_args()
     if options.quick:
@@ -170,7 +171,7 @@ def main() -> None:
             results["trials"] = trials_table(options)
             common.save(options.json, results)
         if options.only != "trials":
-            results["books"] = books.table(options.rounds)
+            results["books"] = books.table(options.data, options.rounds)
             common.save(options.json, results)
 
 
