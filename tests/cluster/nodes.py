@@ -64,7 +64,10 @@ class Nodes:
     def __init__(self, hidden: Path, temporary: Path, head_cpus: int = 0):
         self.hidden, self.temporary = hidden, temporary
         args = {"num_cpus": head_cpus, "include_dashboard": False, "object_store_memory": 80 * 2**20}
-        self.cluster = Cluster(True, head_node_args={**args, "temp_dir": str(temporary)})
+        (temporary / "ray").mkdir()  # Ray notes the address there, and does not make the folder
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("RAY_TMPDIR", str(temporary))
+            self.cluster = Cluster(True, head_node_args={**args, "temp_dir": str(temporary)})
         self.cluster._shutdown_at_exit = False  # exit hooks are for the main thread; `nodes` shuts down
         self.address = self.cluster.address
 
