@@ -132,7 +132,7 @@ def disconnect() -> None:
     if not reaper:
         return ray.shutdown()
     own = family(directory)  # before Ray ends some of them, whose children could not be found then
-    hurry = threading.Thread(target=end_once_left, args=(own,))
+    hurry = threading.Thread(target=end_once_left, args=(own,), daemon=True)  # a second Ctrl-C may end `shutdown`
     hurry.start()
     ray.shutdown()
     hurry.join()

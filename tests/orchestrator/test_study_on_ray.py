@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -151,7 +152,8 @@ def test_signal_to_all_processes(tmp_path: Path, sign: int) -> None:
     driver = psutil.Process(running.process.pid)
     everyone = [driver, *driver.children(recursive=True)]
     for process in everyone:
-        process.send_signal(sign)
+        with contextlib.suppress(psutil.NoSuchProcess):  # W&B's own process goes with the one that copies
+            process.send_signal(sign)
     start = time.monotonic()
     code, err = running.end()
     assert code == 75 and time.monotonic() - start < 10, err
