@@ -1,7 +1,7 @@
 """What books add to a training step, for `benchmarks.overhead`: rows, checkpoints, the W&B mirror, the gradient noise probe.
 
-Recipes that differ in their books alone take turns on the same two workers, half a second each: what drifts, drifts for
-all.
+Recipes that differ in their books alone take turns of less than a second on the same two workers: what drifts, drifts
+for all.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def take_turns(worker: Any, turns: Turns) -> dict[str, Any]:
     for number in range(WARMUP + turns.rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             mirrors = turns.mirrors if worker.rank == 0 and number >= WARMUP else {}
-            with awake(mirrors, name):
-                seconds[name].append(turn(worker, runs[name], turns.steps))
+            wake(mirrors, name)
+            seconds[name].append(turn(worker, runs[name], turns.steps))
     saves = {name: run.progress.saves for name, run in runs.items()}
     return {"seconds": {name: found[WARMUP:] for name, found in seconds.items()}, "saves": saves}
 
@@ -116,11 +116,10 @@ def together(worker: Any) -> None:
     worker.sum_(torch.zeros(1))
 
 
-@contextmanager
-def awake(mirrors: Mapping[str, int], name: str) -> Iterator[None]:
+def wake(mirrors: Mapping[str, int], name: str) -> None:
+    """This one, and let the others sleep."""
     for other, group in mirrors.items():
         os.killpg(group, signal.SIGCONT if other == name else signal.SIGSTOP)
-    yield
 
 
 # ------------------------------------------------------------------------------------------------------- in the driver
@@ -161,11 +160,14 @@ def assigned(study: Path, data: str, rounds: int, name: str) -> Assignment:
 
 @contextmanager
 def mirrored(studies: Mapping[str, Path]) -> Iterator[dict[str, wandb_mirror.Mirror]]:
-    mirrors = {name: wandb_mirror.start(study, Wandb(mode="offline")) for name, study in studies.items()}
+    started = {name: wandb_mirror.start(study, Wandb(mode="offline")) for name, study in studies.items()}
+    mirrors = {name: mirror for name, mirror in started.items() if mirror}
+    if len(mirrors) < len(studies):
+        raise common.Skipped("W&B is turned off in the environment: unset WANDB_MODE and BIGBATCH_NO_TRACKING")
     try:
-        yield {name: mirror for name, mirror in mirrors.items() if mirror}
+        yield mirrors
     finally:
-        for mirror in filter(None, mirrors.values()):
+        for mirror in mirrors.values():
             os.killpg(mirror.process.pid, signal.SIGCONT)
             mirror.stop()
 

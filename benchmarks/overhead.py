@@ -165,14 +165,21 @@ def main() -> None:
     if options.quick:
         options.repeats, options.trials, options.slow_trials, options.rounds = 1, 2, 1, 3
     print(common.machine())
+    try:
+        with common.scratch():
+            tables(options)
+    except common.Skipped as why:
+        raise SystemExit(f"not measured: {why}") from None
+
+
+def tables(options: Namespace) -> None:
     results: dict[str, Any] = {}
-    with common.scratch():
-        if options.only != "books":
-            results["trials"] = trials_table(options)
-            common.save(options.json, results)
-        if options.only != "trials":
-            results["books"] = books.table(options.data, options.rounds)
-            common.save(options.json, results)
+    if options.only != "books":
+        results["trials"] = trials_table(options)
+        common.save(options.json, results)
+    if options.only != "trials":
+        results["books"] = books.table(options.data, options.rounds)
+        common.save(options.json, results)
 
 
 def trials_table(options: Namespace) -> dict[str, Any]:
