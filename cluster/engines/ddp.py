@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from cluster.engines.base import ProcessWorker
 from cluster.engines.compression import PowerSgd, bf16_hook
-from cluster.engines.shared_memory import WORTH, SharedMemory, average_hook, shared_memory
+from cluster.engines.shared_memory import WORTH, AverageHook, SharedMemory, shared_memory
 from strategies.contract import Pending, PlanError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class DdpWorker(ProcessWorker):
 
     memory: PowerSgd | None
     shared: SharedMemory | None = None
+    asked: int = 0  # bytes that `shared` was to hold
 
     def __init__(
         self,
@@ -62,16 +63,20 @@ class DdpWorker(ProcessWorker):
 
     def prepare(self, net: Net, optimizer: Optimizer, open_model: bool) -> nn.Module:
         self.memory = PowerSgd(net, self.device, **self.options) if self.compression == "powersgd" else None
-        if self.share_memory and not self.shared and sum(p.nbytes for p in net.parameters()) >= WORTH:
-            self.shared = shared_memory(self.rank, self.size)
+        self._share(sum(p.nbytes for p in net.parameters() if p.requires_grad))
         if open_model or self.memory or self.size == 1 or not any(p.requires_grad for p in net.parameters()):
             return net
         model = self._wrap(net)
         if self.compression == "bf16":
             model.register_comm_hook(self.size, lambda size, bucket: bf16_hook(size, bucket))  # takes no annotations
         elif self.shared:
-            model.register_comm_hook((self.shared, self.size), lambda worker, bucket: average_hook(worker, bucket))
+            model.register_comm_hook(AverageHook(self.shared), lambda hook, bucket: hook(bucket))
         return model
+
+    def _share(self, gradients: int) -> None:
+        """Memory for so many bytes of gradients, unless as much was asked for before."""
+        if self.share_memory and gradients >= WORTH and gradients > self.asked:
+            self.shared, self.asked = shared_memory(self.rank, self.size, gradients) or self.shared, gradients
 
     def _wrap(self, net: Net) -> DistributedDataParallel:
         with warnings.catch_warnings():
