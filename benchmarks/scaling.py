@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import common
 from benchmarks.contenders import Spec
 from benchmarks.images import NETWORKS, write_data
-from benchmarks.throughput import bigbatch, step_seconds
+from benchmarks.throughput import bigbatch, window_seconds
 
 LOCAL = (32, 256)  # images per worker and step
 APART, IN_STEP = "2 workers, apart", "2 workers, apart, each step as long as the slower one's"
@@ -46,7 +46,7 @@ def pair(spec: Spec, local: int) -> tuple[float, float]:
     """Images per second of two workers under one driver that do not speak with each other; the same if each of their steps
     took as long as the slower of the two, which is what sharing gradients costs at least."""
     cluster = {"workers": 1, "threads": 1, "launcher": "gang", "gangs": 2}
-    one, other = step_seconds(replace(spec, batch=local), 1, 1, cluster=cluster, seeds=2)
+    one, other = window_seconds(replace(spec, batch=local), 1, 1, cluster=cluster, seeds=2, log_steps=1)
     own = spec.steps * local * (1 / sum(one) + 1 / sum(other))
     return own, 2 * local * spec.steps / sum(map(max, one, other))
 

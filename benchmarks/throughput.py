@@ -44,20 +44,26 @@ def child(name: str, spec: Spec, workers: int, threads: int, **variables: str) -
 
 def bigbatch(spec: Spec, workers: int, threads: int, **changes: Any) -> list[float]:
     """Images per second of a recipe."""
-    return [spec.batch * spec.steps / sum(steps) for steps in step_seconds(spec, workers, threads, **changes)]
+    return [spec.batch * spec.steps / sum(windows) for windows in window_seconds(spec, workers, threads, **changes)]
 
 
-def step_seconds(spec: Spec, workers: int, threads: int, **changes: Any) -> list[list[float]]:
-    """Of each trial's steps after those that warm up; without evaluation, as in the peers' loops."""
-    study = common.bigbatch(recipe(spec, workers, threads, spec.warmup + spec.steps) | changes, TIMEOUT)
-    trials = ([row["seconds"] for row in read_lines(file)] for file in study.glob("trials/*/metrics.jsonl"))
-    found = [[end - start for start, end in pairwise(seconds[spec.warmup - 1 :])] for seconds in trials]
-    if any(len(steps) != spec.steps for steps in found):
-        raise SystemExit(f"a trial ended before its last step, so its steps tell nothing: {study}")
+def window_seconds(spec: Spec, workers: int, threads: int, **changes: Any) -> list[list[float]]:
+    """From row to row of each trial, from the last step that warms up to the last of all; without evaluation, as in the
+    peers' loops."""
+    study = common.bigbatch(recipe(spec, workers, threads) | changes, TIMEOUT)
+    trials = (
+        {row["step"]: row["seconds"] for row in read_lines(file)} for file in study.glob("trials/*/metrics.jsonl")
+    )
+    found = []
+    for seconds in trials:
+        if not {spec.warmup, spec.warmup + spec.steps} <= seconds.keys():
+            raise SystemExit(f"a trial ended before its last step, so its steps tell nothing: {study}")
+        found.append([seconds[end] - seconds[start] for start, end in pairwise(seconds) if start >= spec.warmup])
     return found
 
 
-def recipe(spec: Spec, workers: int, threads: int, last: int) -> dict[str, Any]:
+def recipe(spec: Spec, workers: int, threads: int) -> dict[str, Any]:
+    last = spec.warmup + spec.steps
     ((name, options),) = NETWORKS[spec.model].items()
     model = {name: options | ({"width": spec.width} if spec.width else {})}
     augment = {"crop": 4, "flip": True}
@@ -74,7 +80,7 @@ def recipe(spec: Spec, workers: int, threads: int, last: int) -> dict[str, Any]:
             "batch": spec.batch,
             "rate": {"peak": 1e-3},  # small, so that nothing diverges on random pixels; the seconds do not depend on it
         },
-        "log_steps": 1,
+        "log_steps": spec.warmup,
     }  # fmt: skip
 
 
