@@ -161,6 +161,7 @@ def test_signal_to_all_processes(tmp_path: Path, sign: int) -> None:
     until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in everyone[1:]), 10)
 
 
+@pytest.mark.slow  # tests/cluster/test_gang.py has the same of tasks
 def test_cold_and_fifth_on_a_warm_gang(tmp_path: Path) -> None:
     """Five trials on one gang; then the fifth alone, cold. Bit-identical, and the gaps are short."""
     warm = Running(tmp_path, "warm", epochs=2, seeds="[0, 1, 2, 3, 4]")
