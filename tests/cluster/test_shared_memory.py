@@ -69,7 +69,7 @@ def trained_with_little_room(worker: Any, open_model: bool) -> tuple[bool, list[
 @pytest.mark.parametrize("train", [trained, trained_with_little_room])
 @pytest.mark.parametrize("open_model", [False, True])
 def test_training_is_the_same_bit_for_bit(open_model: bool, train: Callable[..., Any]) -> None:
-    options = {"bucket_mib": 0.01}  # 10 KiB: the bias before the matrix
+    options = {"bucket_mib": 0.01}  # 10 KiB: all small parameters before the large matrix
     shared, sockets = (run_workers(train, 2, open_model, share_memory=on, **options) for on in (True, False))
     assert [used for used, _ in shared + sockets] == [True, True, False, False]
     for (_, ours), (_, theirs) in zip(shared, sockets, strict=True):
