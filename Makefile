@@ -13,7 +13,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -m "not gpu" --timeout 3600
+	$(BIN)/python -m pytest -m "not gpu" --timeout 3600 --hypothesis-profile new
 
 # About an hour on two idle cores; fewer: make soak KILLS=20
 KILLS ?= 200

@@ -24,6 +24,7 @@ from cluster.local import LocalGang
 from cluster.reaper import family
 from cluster.tasks import CapacityError, Done, Failed, Lost, Outcome, Task
 from strategies.contract import Worker
+from tests.waiting import AT_ONCE, at_once
 
 ROOT = Path(__file__).parents[2]
 CPUS = 6  # room for the warm gang and two more
@@ -128,11 +129,10 @@ def test_two_gangs_run_side_by_side(gangs: Callable[..., RayGang]) -> None:
     pair = [gangs(name="a"), gangs(name="b")]
     ids = [set(value(run(gang, processes))) for gang in pair]
     assert len(ids[0] | ids[1]) == 4
-    began = time.monotonic()
     for gang in pair:
-        gang.start(Task(rest, 1.0, "ddp"))
-    assert all(isinstance(gang.poll(START), Done) for gang in pair)
-    assert time.monotonic() - began < 1.9
+        gang.start(Task(rest, 2.0, "ddp"))
+    (began, ended), (began_too, ended_too) = (value(gang.poll(START)) for gang in pair)
+    assert max(began, began_too) < min(ended, ended_too)
 
 
 def niceness(worker: Worker, argument: Any) -> int:
@@ -143,8 +143,11 @@ def test_ranks_are_as_urgent_as_their_driver(warm: RayGang) -> None:
     assert value(run(warm, niceness)) == os.nice(0)
 
 
-def rest(worker: Worker, seconds: float) -> None:
+def rest(worker: Worker, seconds: float) -> tuple[float, float]:
+    """-> when it began and when it ended."""
+    began = time.monotonic()
     time.sleep(seconds)
+    return began, time.monotonic()
 
 
 def test_a_busy_gang_refuses_a_second_task(warm: RayGang) -> None:
@@ -175,8 +178,9 @@ def fail_both(worker: Worker, argument: Any) -> None:
 def test_the_root_cause_is_told_not_its_effect(function: Callable[..., Any], gangs: Callable[..., RayGang]) -> None:
     gang = gangs()
     value(run(gang, add_up, 1.0))
-    began = time.monotonic()
-    failed = run(gang, function)
+    with at_once():
+        failed = run(gang, function)
+        gang.close()
     assert isinstance(failed, Failed) and (failed.rank, failed.kind, failed.message) == (
         1,
         "ValueError",
@@ -186,8 +190,6 @@ def test_the_root_cause_is_told_not_its_effect(function: Callable[..., Any], gan
         failed.where
         == f"{Path(__file__).name}:{function.__code__.co_firstlineno + (2 if function is fail_on_one else 3)}"
     )
-    gang.close()
-    assert time.monotonic() - began < 5
     with pytest.raises(RuntimeError, match="closed or broken"):
         gang.start(Task(add_up, 1.0, "ddp"))
 
@@ -205,12 +207,11 @@ def test_a_killed_rank_is_lost_at_once_and_a_new_gang_works(victim: int, gangs: 
     ids = value(run(gang, processes))
     gang.start(Task(wait_for_peer, 60.0, "ddp"))
     assert gang.poll(0.2) is None
-    began = time.monotonic()
-    os.kill(ids[victim], signal.SIGKILL)
-    lost = gang.poll(5)
+    with at_once():
+        os.kill(ids[victim], signal.SIGKILL)
+        lost = gang.poll(START)
+        gang.close()
     assert isinstance(lost, Lost) and lost.rank == victim and f"pid {ids[victim]}" in lost.reason
-    gang.close()
-    assert time.monotonic() - began < 5
     assert not any(map(psutil.pid_exists, ids))
     assert value(run(gangs(), add_up, 1.0)) == 3.0
 
@@ -221,16 +222,16 @@ def test_a_stopped_rank_is_noticed(gangs: Callable[..., RayGang]) -> None:
     gang.start(Task(wait_for_peer, 60.0, "ddp"))
     os.kill(ids[1], signal.SIGSTOP)
     began = time.monotonic()
-    lost = gang.poll(10)
+    lost = gang.poll(START)
     assert lost == Lost(1, "no sign of life from rank 1 for 3 s")
-    assert 2 < time.monotonic() - began < 6
+    assert 2 < time.monotonic() - began < AT_ONCE
     gang.close()
     assert not any(map(psutil.pid_exists, ids))
 
 
 def test_a_long_task_is_not_mistaken_for_a_stopped_one(gangs: Callable[..., RayGang]) -> None:
-    gang = gangs(timeout=1.5)
-    assert isinstance(run(gang, spin, 4.0), Done)
+    gang = gangs(timeout=3)
+    assert isinstance(run(gang, spin, 8.0), Done)
 
 
 def spin(worker: Worker, seconds: float) -> None:
@@ -281,10 +282,8 @@ def test_capacity_counts_whole_gangs() -> None:
 
 @pytest.mark.parametrize("workers, threads, gpus", [(64, 1, 0), (1, 1000, 0), (1, 1, 99)])
 def test_what_the_cluster_can_never_hold_is_refused_at_once(workers: int, threads: int, gpus: int) -> None:
-    began = time.monotonic()
-    with pytest.raises(CapacityError) as caught:
+    with at_once(), pytest.raises(CapacityError) as caught:
         capacity(workers, threads, gpus)
-    assert time.monotonic() - began < 5
     need = f"no room for {workers} workers x ({threads} CPUs, {gpus} GPUs): "
     have = f"1 nodes have {max(os.cpu_count() or 1, CPUS)} CPUs, {torch.cuda.device_count()} GPUs in all"
     assert str(caught.value) == need + have

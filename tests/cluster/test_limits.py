@@ -3,8 +3,6 @@ as the network's doing."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import distributed as dist
 from cluster.engines.groups import groups
 from cluster.tasks import Done, Failed, attempt
 from tests import network
+from tests.waiting import until
 from tests.workers import LIMIT, run_workers
 
 SHORT = 4.0  # seconds
@@ -41,11 +40,6 @@ def lose_two(worker: Any, folder: Path) -> tuple[list[float], list[Done | Failed
     told = [attempt(0, lambda peer=peer: hear(worker, peer)) for peer in peers]  # type: ignore[misc]
     done.touch()
     return limits, told
-
-
-def until(there: Callable[[], bool]) -> None:
-    while not there():
-        time.sleep(0.01)
 
 
 def hear(worker: Any, peer: int) -> Any:

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from tests.cluster.nodes import Hosts, Nodes, nodes, two_hosts
-from tests.orchestrator.test_study_on_ray import until, without_seconds
+from tests.orchestrator.test_study_on_ray import without_seconds
+from tests.waiting import until
 
 RECIPE = """
 study: NAME
@@ -83,7 +84,7 @@ class Driver:
             assert self.process.poll() is None, self.process.communicate()
             return any(row["step"] >= step for row in self.rows())
 
-        until(there, 60)
+        until(there)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +210,7 @@ def test_a_node_is_lost_and_none_takes_its_place(folder: Path) -> None:
         kept, lost = made.add(2), made.add(2)
         assert raylet(kept) != raylet(lost)
         driver = Driver(folder, "alone", HERE, made.environment(), words=["--set", "seeds=2"])
-        until(lambda: len(list(driver.study.glob("trials/*/checkpoints/step_*/manifest.json"))) >= 2, 90)
+        until(lambda: len(list(driver.study.glob("trials/*/checkpoints/step_*/manifest.json"))) >= 2)
         made.remove(lost)
         code, err = driver.end()
     assert code == 0, err
@@ -218,7 +219,7 @@ def test_a_node_is_lost_and_none_takes_its_place(folder: Path) -> None:
 
 def until_saved(driver: Driver) -> None:
     """A checkpoint has come back."""
-    until(lambda: bool(list(driver.study.glob("trials/*/checkpoints/step_*/manifest.json"))), 60)
+    until(lambda: bool(list(driver.study.glob("trials/*/checkpoints/step_*/manifest.json"))))
 
 
 def raylet(node: Any) -> int:

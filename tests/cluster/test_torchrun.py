@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+
+from tests.waiting import AT_ONCE, until
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -47,11 +48,11 @@ def run(gang, function, argument=None, threads=1):
     print(json.dumps([function.__name__, told, time.monotonic() - began]), flush=True)
     if failed:
         gang.close()
-        gang = torchrun.TorchrunGang(2, timeout=20)
+        gang = torchrun.TorchrunGang(2, timeout=60)
     return gang
 
 def main():
-    gang = torchrun.TorchrunGang(2, timeout=20)
+    gang = torchrun.TorchrunGang(2, timeout=60)
     gang = run(gang, add_up, 1.0)
     gang = run(gang, threads, threads=2)
     for _ in range(2):
@@ -113,7 +114,7 @@ def test_a_failed_task_leaves_a_working_gang(tmp_path: Path) -> None:
     zero = [0, "ValueError", "bad label 12", f"program.py:{lines.index(lines_with(lines, 'label 12')) + 1}"]
     faults = [["fail_on_one", one], ["add_up", 6.0], ["fail_on_zero", zero], ["add_up", 9.0]]
     assert [entry[:2] for entry in told] == [["add_up", 3.0], ["threads", 4], *faults, *faults]
-    assert max(seconds for name, _, seconds in told if "fail" in name) < 5
+    assert max(seconds for name, _, seconds in told if "fail" in name) < AT_ONCE
 
 
 def lines_with(lines: list[str], words: str) -> str:
@@ -142,7 +143,7 @@ class Running:
         return sorted(children, key=lambda p: int(p.environ().get("RANK", -1)))
 
     def wait_for_step(self, step: int) -> None:
-        until(lambda: any(row["step"] >= step for row in self.rows()), 60)
+        until(lambda: any(row["step"] >= step for row in self.rows()))
 
     def rows(self) -> list[dict[str, Any]]:
         files = self.study.glob("trials/*/metrics.jsonl")
@@ -152,13 +153,6 @@ class Running:
     def end(self) -> tuple[int, str]:
         _, err = self.process.communicate(timeout=100)
         return self.process.returncode, err
-
-
-def until(done: Callable[[], bool], seconds: float) -> None:
-    limit = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.02)
 
 
 def gone(process: psutil.Process) -> bool:
@@ -192,7 +186,7 @@ def test_interrupted(tmp_path: Path, unbroken: Running, who: str, sign: int) -> 
     else:
         victims = {"torchrun": psutil.Process(first.process.pid), "rank 0": ranks[0], "rank 1": ranks[1]}
         victims[who].send_signal(sign)
-    until(lambda: all(map(gone, ranks)), 10)
+    until(lambda: all(map(gone, ranks)), AT_ONCE)
     code, err = first.end()
     assert code != 0
     if (who, sign) != ("rank 0", signal.SIGKILL):

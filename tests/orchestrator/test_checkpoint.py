@@ -30,7 +30,7 @@ trees = st.recursive(
 
 
 @given(trees)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_plain_tree_comes_back_equal(tree: object) -> None:
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(checkpoint.encode(tree, tensors))

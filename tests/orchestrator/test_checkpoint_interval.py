@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
@@ -20,7 +20,6 @@ from tests.orchestrator.test_run_trial import RECIPE, trials
 
 
 @given(cost=st.floats(1e-3, 1e3), mtbf=st.floats(1e2, 1e7))
-@settings(deadline=None)
 def test_the_best_interval_loses_least(cost: float, mtbf: float) -> None:
     """Lost per second of work: a save per interval, and half an interval per failure."""
     lost = minimize_scalar(
@@ -41,7 +40,6 @@ def walk(interval: CheckpointInterval, cost: float, steps: int, row: float = 0.1
 
 
 @given(cost=st.floats(1e-4, 10), mtbf=st.floats(1, 1e5), row=st.floats(0.01, 10))
-@settings(deadline=None)
 def test_saving_never_takes_more_than_its_share(cost: float, mtbf: float, row: float) -> None:
     """At every moment of the trial, not only in the long run."""
     for number, trained in enumerate(walk(CheckpointInterval(None, mtbf), cost, 500, row), 1):
@@ -79,7 +77,5 @@ def test_a_recipe_sets_the_interval(tmp_path: Path, line: str, saved: bool) -> N
     result = run_trial(worker, Assignment(trial, tmp_path / "trial", tmp_path / "phases"))
     found = list(tmp_path.glob("trial/checkpoints/step_*"))
     assert bool(found) == saved == (result["seconds"]["save"] > 0)
-    if "seconds" not in line:
-        assert result["seconds"]["save"] <= 0.035 * result["seconds"]["train"]
     for path in found:
         assert set(json.loads((path / "manifest.json").read_text())) == {"tensors.safetensors", "state.json"}

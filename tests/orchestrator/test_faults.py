@@ -20,7 +20,8 @@ from orchestrator.files import append_line
 from orchestrator.recipe import expand, load
 from orchestrator.workloads import fingerprint
 from tests.faults import DRIVER, Fault, Planted, plant
-from tests.orchestrator.test_study_on_ray import Running, until, without_seconds
+from tests.orchestrator.test_study_on_ray import Running, without_seconds
+from tests.waiting import AT_ONCE, until
 
 RECIPE = """
 study: NAME
@@ -34,7 +35,6 @@ log_steps: 5
 """
 TRIALS = 11
 GANG, SOLO = "{workers: 2, timeout: 4}", "{launcher: solo}"
-GONE = 10.0  # seconds after which no process of ours may be left
 
 
 class Broken:
@@ -54,7 +54,7 @@ class Broken:
         """Until the study ends: exit code and what it printed. No process is left after it."""
         self.last = start(self.folder, self.cluster, self.trials, self.planted.env, words)
         code, err = self.last.end()
-        until(lambda: not self.planted.left(), GONE)
+        until(lambda: not self.planted.left(), AT_ONCE)
         return code, err
 
     def all_fired(self) -> bool:

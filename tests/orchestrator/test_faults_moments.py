@@ -18,7 +18,6 @@ from tests.faults import DRIVER, Fault, plant
 from tests.orchestrator.fault_studies import Started
 from tests.orchestrator.test_faults import (
     GANG,
-    GONE,
     SOLO,
     Broken,
     alone,  # noqa: F401
@@ -28,7 +27,8 @@ from tests.orchestrator.test_faults import (
     unbroken,  # noqa: F401
 )
 from tests.orchestrator.test_parity import TORCHRUN
-from tests.orchestrator.test_study_on_ray import Running, until
+from tests.orchestrator.test_study_on_ray import Running
+from tests.waiting import AT_ONCE, until
 
 pytestmark = pytest.mark.slow
 TIMEOUT = 4.0  # seconds, of GANG
@@ -75,7 +75,7 @@ def test_a_rank_of_torchrun_that_does_not_get_on(
     planted = plant(tmp_path / "faults", [Fault(action, "step", rank, 12, ids[0])])
     code, err = Started(tmp_path, 1, planted.env, torchrun).end()
     assert code == 1 and planted.fired() == planted.faults and "the same command goes on" in err, err
-    until(lambda: not planted.left(), GONE)
+    until(lambda: not planted.left(), AT_ONCE)
     study = Started(tmp_path, 1, planted.env, torchrun)
     code, err = study.end()
     assert code == 0, err
@@ -86,7 +86,7 @@ def test_a_driver_that_was_stopped_takes_nobody_for_lost(tmp_path: Path, unbroke
     study = Broken(tmp_path, GANG, 3)
     planted = study.plant(("stop", "commit", DRIVER, None, 0))
     study.last = start(tmp_path, GANG, 3, planted.env)
-    until(study.all_fired, 60)
+    until(study.all_fired)
     time.sleep(2 * TIMEOUT)
     study.last.process.send_signal(signal.SIGCONT)
     code, err = study.last.end()

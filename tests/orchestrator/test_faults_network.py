@@ -11,9 +11,10 @@ pytest.importorskip("ray", reason="Ray is not installed")
 
 from tests.faults import Fault, plant
 from tests.orchestrator.fault_studies import Started
-from tests.orchestrator.test_faults import GANG, GONE, Broken, trial_ids, unbroken  # noqa: F401
+from tests.orchestrator.test_faults import GANG, Broken, trial_ids, unbroken  # noqa: F401
 from tests.orchestrator.test_parity import TORCHRUN
-from tests.orchestrator.test_study_on_ray import Running, until
+from tests.orchestrator.test_study_on_ray import Running
+from tests.waiting import AT_ONCE, until
 
 pytestmark = pytest.mark.slow
 LOSSES = (
@@ -60,6 +61,6 @@ def test_ranks_of_torchrun(tmp_path: Path, unbroken: Running) -> None:  # noqa: 
     code, err = study.end()
     assert code == 0, err
     assert planted.fired() == planted.faults
-    until(lambda: not planted.left(), GONE)
+    until(lambda: not planted.left(), AT_ONCE)
     study.assert_equals(unbroken, ids)
     assert len(list(planted.folder.glob("rank.*"))) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from orchestrator.recipe import RecipeError, dump, load
 from orchestrator.recipe.problems import Place
 from orchestrator.recipe.yaml_nodes import MAX_ALIASES, MAX_BYTES, MAX_DEPTH, MAX_VALUES, read
+from tests.waiting import at_once
 
 
 def value(text: str) -> Any:
@@ -100,17 +100,15 @@ def test_places_are_those_of_keys_and_values() -> None:
     ],
 )
 def test_one_line_says_what_cannot_be_read(text: str, expected: str) -> None:
-    start = time.monotonic()
-    (problem,) = complaints(text)
+    with at_once():
+        (problem,) = complaints(text)
     assert expected in problem and problem.isprintable()
-    assert time.monotonic() - start < 1
 
 
 def test_billion_laughs_end_in_a_problem_at_once() -> None:
     lines = ["a0: &a0 [lol, lol]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
-    start = time.monotonic()
-    assert "aliases make more than" in complaints("\n".join(lines))[0]
-    assert time.monotonic() - start < 1
+    with at_once():
+        assert "aliases make more than" in complaints("\n".join(lines))[0]
 
 
 def test_aliases_that_stay_small_are_copies() -> None:

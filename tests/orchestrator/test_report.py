@@ -8,7 +8,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -130,13 +129,9 @@ def test_report_is_reproducible_to_the_byte(tmp_path):
         assert (first.path / name).read_bytes() == (second.path / name).read_bytes(), name
 
 
-def test_import_is_light_and_a_report_is_quick(tmp_path):
-    made = quickstart(tmp_path / "s")
+def test_import_is_light():
     code = "import sys, orchestrator.report; assert not {'matplotlib', 'pyarrow', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-    start = time.process_time()
-    build(made.path)
-    assert time.process_time() - start < 4  # seconds of one core
 
 
 # --------------------------------------------------------------------------------------------------------- odd studies

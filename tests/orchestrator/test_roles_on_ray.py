@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
-from tests.orchestrator.test_study_on_ray import Running, until
+from tests.orchestrator.test_study_on_ray import Running
+from tests.waiting import until
 
 RECIPE = """
 study: NAME

@@ -52,9 +52,7 @@ def test_the_second_run_trains_nothing(runs: Path) -> None:
     drive(study(runs))
     before = trained(runs)
     page = (runs / "small/report.html").stat().st_mtime_ns
-    start = time.perf_counter()
     assert drive(study(runs)) == 0
-    assert time.perf_counter() - start < 5
     assert trained(runs) == before
     assert (runs / "small/report.html").stat().st_mtime_ns == page
 

@@ -8,14 +8,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from safetensors.numpy import load_file
+
+from tests.waiting import AT_ONCE, at_once, until
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
@@ -61,7 +62,7 @@ class Running:
         return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
     def wait_for_step(self, step: int) -> None:
-        until(lambda: any(row["step"] >= step for row in self.rows()), 60)
+        until(lambda: any(row["step"] >= step for row in self.rows()))
 
     def ranks(self) -> list[psutil.Process]:
         """The processes of the gang, rank 0 first."""
@@ -86,13 +87,6 @@ class Running:
         return [event for event in map(json.loads, lines) if event["event"] == kind]
 
 
-def until(done: Callable[[], bool], seconds: float) -> None:
-    limit = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < limit, "waited in vain"
-        time.sleep(0.02)
-
-
 def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
@@ -112,9 +106,7 @@ def test_killed_rank(tmp_path: Path, unbroken: Running) -> None:
     victims = running.ranks()
     assert len(victims) == 2
     victims[1].kill()
-    killed = time.monotonic()
-    until(lambda: not victims[0].is_running(), 5)
-    assert time.monotonic() - killed < 5
+    until(lambda: not victims[0].is_running(), AT_ONCE)
     code, err = running.end()
     assert code == 0, err
     assert "was lost" in err and len(running.events("worker_lost")) == 1
@@ -135,7 +127,7 @@ def test_interrupted_driver(tmp_path: Path, unbroken: Running, sign: int, expect
     if sign != signal.SIGKILL:
         assert "the same command goes on" in err
         assert json.loads((first.study / "status.json").read_text())["state"] == "interrupted"
-    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ours), 10)
+    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ours), AT_ONCE)
     second = Running(tmp_path)
     code, err = second.end()
     assert code == 0, err
@@ -154,11 +146,11 @@ def test_signal_to_all_processes(tmp_path: Path, sign: int) -> None:
     for process in everyone:
         with contextlib.suppress(psutil.NoSuchProcess):  # W&B's own process goes with the one that copies
             process.send_signal(sign)
-    start = time.monotonic()
-    code, err = running.end()
-    assert code == 75 and time.monotonic() - start < 10, err
+    with at_once():
+        code, err = running.end()
+    assert code == 75, err
     assert json.loads((running.study / "status.json").read_text())["state"] == "interrupted"
-    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in everyone[1:]), 10)
+    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in everyone[1:]), AT_ONCE)
 
 
 @pytest.mark.slow  # tests/cluster/test_gang.py has the same of tasks
@@ -182,17 +174,15 @@ def test_cold_and_fifth_on_a_warm_gang(tmp_path: Path) -> None:
 
 def test_finished_study_starts_no_worker(tmp_path: Path, unbroken: Running) -> None:
     folder = unbroken.study.parent.parent
-    start = time.perf_counter()
-    again = Running(folder)
+    again = Running(folder, env={"RAY_ADDRESS": "127.0.0.1:1"})  # where no cluster is
     code, err = again.end()
     assert code == 0 and "all 1 trials are done" in err
-    assert time.perf_counter() - start < 5
     assert len(again.events("trial_started")) == 1
 
 
 def test_second_driver_leaves(tmp_path: Path) -> None:
     first = Running(tmp_path, epochs=10)
-    until(lambda: (first.study / "journal.jsonl").exists(), 30)
+    until(lambda: (first.study / "journal.jsonl").exists())
     code, err = Running(tmp_path, epochs=10).end()
     assert code == 75 and f"pid {first.process.pid}" in err
     assert first.end()[0] == 0
