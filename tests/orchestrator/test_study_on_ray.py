@@ -115,7 +115,10 @@ def test_killed_rank(tmp_path: Path, unbroken: Running) -> None:
     assert without_seconds(running.rows()) == without_seconds(unbroken.rows())
 
 
-@pytest.mark.parametrize(("sign", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("sign", "expected"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow), (signal.SIGKILL, -9)],
+)
 def test_interrupted_driver(tmp_path: Path, unbroken: Running, sign: int, expected: int) -> None:
     """The same command again goes on, to the same weights; no process is left behind; no row is lost or doubled."""
     first = Running(tmp_path)
