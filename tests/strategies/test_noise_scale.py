@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from strategies.contract import PlanError, mix
 from strategies.gradient_clipping import GradientClipping
 from strategies.noise_scale import NoiseScale
+from strategies.parts import noise_probe
 from strategies.parts.gradient_noise import Noise, estimate
 from tests.strategies.harness import CLASSES, WIDTH, Blobs, Pair, baseline, tiny_net, train
 
@@ -44,9 +45,23 @@ def check(row: dict[str, float], noise: Noise) -> None:
     assert row["train_noise_signal"] == pytest.approx(noise.signal, rel=1e-11)
 
 
-def test_micro_batches_of_one_worker(tmp_path: Path) -> None:
+@pytest.mark.parametrize("small", [noise_probe.SMALL, 0])
+def test_micro_batches_of_one_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+    """Whether gradients are kept, or norms of their rows."""
+    monkeypatch.setattr(noise_probe, "SMALL", small)
     rows = train(NoiseScale().edit(baseline()), tmp_path, micro_batch=4).rows
     check(rows[0], offline(0, 4, 8, 12))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_squares_of_short_numbers_are_exact_enough(dtype: torch.dtype) -> None:
+    """For one large tensor by its rows, and many small ones at once."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(512, 64, 3, 3), *[(64, 64), (64,)] * 20]
+    grads = [torch.rand(shape, generator=generator).to(dtype) for shape in shapes]
+    exact = sum(float(g.double().square().sum()) for g in grads)
+    rows = 2e-3 if dtype == torch.bfloat16 else 0.0  # a norm of a row is rounded to 8 bits, at random
+    assert float(noise_probe.square([noise_probe.part(g) for g in grads])) == pytest.approx(exact, rel=1e-5 + rows)
 
 
 def test_two_workers(pair: Pair, tmp_path: Path) -> None:
