@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from orchestrator import wandb_mirror
@@ -289,6 +290,15 @@ def test_without_wandb_a_note_and_nothing_else(
 def test_switched_off(study: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     monkeypatch.setenv(name, value)
     assert wandb_mirror.start(study, Wandb()) is None
+
+
+def test_training_comes_first(study: Path, start: Callable[..., wandb_mirror.Mirror]) -> None:
+    """Niceness alone would count within the copier's own session only."""
+    pid = start().process.pid
+    until(lambda: psutil.Process(pid).nice() == min(19, os.nice(0) + wandb_mirror.NICENESS))
+    group = Path(f"/proc/{pid}/autogroup")
+    if group.exists() and "autogroup" in group.read_text():
+        until(lambda: group.read_text().split()[-1] == str(wandb_mirror.NICENESS))
 
 
 def test_copier_that_hangs_is_ended(study: Path, start: Callable[..., wandb_mirror.Mirror]) -> None:
