@@ -88,7 +88,7 @@ def plant(folder: Path, faults: Sequence[Fault] = ()) -> Planted:
 
 def alive(process: psutil.Process) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 

@@ -21,8 +21,8 @@ def until(done: Callable[[], bool], seconds: float = 100.0) -> None:
 
 
 @contextmanager
-def at_once() -> Iterator[None]:
+def at_once(seconds: float = AT_ONCE) -> Iterator[None]:
     """What is inside may not wait for anything."""
     began = time.monotonic()
     yield
-    assert time.monotonic() - began < AT_ONCE
+    assert time.monotonic() - began < seconds

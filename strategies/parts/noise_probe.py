@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from strategies.net import Net
 
 
-SMALL = 2**16  # elements
+SMALL = 2**16  # elements of a gradient that is kept as it is
 
 
 class NoiseProbe:
@@ -24,7 +24,7 @@ class NoiseProbe:
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         self.size = 0  # examples of the micro-batch in work
         self.parts = 0  # micro-batches of this step so far
-        self.seen: list[Tensor] = []  # of each gradient of the micro-batch
+        self.seen: list[Tensor] = []  # what is kept of each gradient of the micro-batch
         self.weighted: Any = 0.0  # sum of |share_i g_i|^2 / size_i, without the micro-batch in work
         self.counted: dict[int, Tensor] = {}  # parts of a global batch of that size, on all workers
         net.register_forward_pre_hook(self._forward)
@@ -37,7 +37,7 @@ class NoiseProbe:
             self.size, self.parts = len(inputs[0]), self.parts + 1
 
     def _backward(self, grad: Tensor) -> None:
-        self.seen.append(part(grad))
+        self.seen.append(kept(grad))
 
     def _close(self) -> None:
         """The micro-batch in work has ended."""
@@ -70,15 +70,15 @@ class NoiseProbe:
         if batch not in self.counted:
             self.counted[batch] = self.worker.sum_(self.weighted.new_tensor(self.parts))
         parts, weighted = self.counted[batch], self.weighted * (batch / workers) ** 2
-        mean_square = square([part(p.grad) for p in self.parameters if p.grad is not None])
+        mean_square = square([kept(p.grad) for p in self.parameters if p.grad is not None])
         self.parts, self.weighted = 0, 0.0
         return *from_sums(weighted, parts, batch, mean_square / workers), parts
 
 
-def part(grad: Tensor) -> Tensor:
-    """What is kept until all gradients are there. A small one is kept itself, so that one operation serves them all: autograd
-    then averages a copy of it over workers, not of a view. Of a large one, norms of rows, which are short enough for its
-    own precision."""
+def kept(grad: Tensor) -> Tensor:
+    """What is kept of a gradient until all are there. Of a small one all, so that one operation serves many: autograd then
+    hands on a copy, for workers to average in place. Of a large one norms of rows, which are short enough for its own
+    precision."""
     import torch
 
     if grad.ndim < 2 or grad.numel() <= SMALL:
@@ -86,11 +86,11 @@ def part(grad: Tensor) -> Tensor:
     return torch.linalg.vector_norm(grad.detach(), dim=tuple(range(1, grad.ndim)))
 
 
-def square(parts: list[Tensor]) -> Tensor:
-    """() |g|^2 in float64, from `part` of all of a network's gradients."""
+def square(seen: list[Tensor]) -> Tensor:
+    """() |g|^2 in float64, from what is `kept` of all of a network's gradients."""
     import torch
 
     with torch.no_grad():
-        flat = torch.cat([t.reshape(-1) for t in parts])
+        flat = torch.cat([t.reshape(-1) for t in seen])
         flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         return torch.dot(flat, flat).double()

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.faults import alive
 from tests.waiting import AT_ONCE, until
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -155,10 +156,6 @@ class Running:
         return self.process.returncode, err
 
 
-def gone(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     running = Running(tmp_path_factory.mktemp("unbroken"))
@@ -186,7 +183,7 @@ def test_interrupted(tmp_path: Path, unbroken: Running, who: str, sign: int) -> 
     else:
         victims = {"torchrun": psutil.Process(first.process.pid), "rank 0": ranks[0], "rank 1": ranks[1]}
         victims[who].send_signal(sign)
-    until(lambda: all(map(gone, ranks)), AT_ONCE)
+    until(lambda: not any(map(alive, ranks)), AT_ONCE)
     code, err = first.end()
     assert code != 0
     if (who, sign) != ("rank 0", signal.SIGKILL):

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from tests.faults import alive
 from tests.waiting import AT_ONCE, at_once, until
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -130,7 +131,7 @@ def test_interrupted_driver(tmp_path: Path, unbroken: Running, sign: int, expect
     if sign != signal.SIGKILL:
         assert "the same command goes on" in err
         assert json.loads((first.study / "status.json").read_text())["state"] == "interrupted"
-    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in ours), AT_ONCE)
+    until(lambda: not any(map(alive, ours)), AT_ONCE)
     second = Running(tmp_path)
     code, err = second.end()
     assert code == 0, err
@@ -153,7 +154,7 @@ def test_signal_to_all_processes(tmp_path: Path, sign: int) -> None:
         code, err = running.end()
     assert code == 75, err
     assert json.loads((running.study / "status.json").read_text())["state"] == "interrupted"
-    until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in everyone[1:]), AT_ONCE)
+    until(lambda: not any(map(alive, everyone[1:])), AT_ONCE)
 
 
 @pytest.mark.slow  # tests/cluster/test_gang.py has the same of tasks

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,15 +55,31 @@ def test_micro_batches_of_one_worker(tmp_path: Path, monkeypatch: pytest.MonkeyP
     check(rows[0], offline(0, 4, 8, 12))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_squares_of_short_numbers_are_exact_enough(dtype: torch.dtype) -> None:
-    """For one large tensor by its rows, and many small ones at once."""
+LARGE, MANY = [(512, 512, 3, 3)], [(64, 64), (64,)] * 20
+
+
+@pytest.mark.parametrize(("dtype", "shapes"), [(torch.float32, LARGE + MANY), (torch.bfloat16, MANY)])
+def test_squares_of_short_numbers_are_exact_enough(dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> None:
+    """A large tensor goes by its rows; the sum of many small ones is longer than they are."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(512, 64, 3, 3), *[(64, 64), (64,)] * 20]
     grads = [torch.rand(shape, generator=generator).to(dtype) for shape in shapes]
     exact = sum(float(g.double().square().sum()) for g in grads)
-    rows = 2e-3 if dtype == torch.bfloat16 else 0.0  # a norm of a row is rounded to 8 bits, at random
-    assert float(noise_probe.square([noise_probe.part(g) for g in grads])) == pytest.approx(exact, rel=1e-5 + rows)
+    assert float(noise_probe.square([noise_probe.kept(g) for g in grads])) == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("small", [noise_probe.SMALL, 0])
+def test_gradients_may_change_in_place(monkeypatch: pytest.MonkeyPatch, small: int) -> None:
+    """As they do where workers average them: zeros here, which leave the noise of two parts of four examples."""
+    monkeypatch.setattr(noise_probe, "SMALL", small)
+    net: Any = tiny_net((WIDTH,), CLASSES).double()
+    probe = noise_probe.NoiseProbe(net, SimpleNamespace(size=2, sum_=lambda t: 2 * t), "a test")
+    batch = Blobs().train(0, 4)
+    cross_entropy(net(batch.x), batch.y).backward()
+    expected = sum(float(p.grad.square().sum()) for p in net.parameters())
+    for p in net.parameters():
+        p.grad.zero_()
+    trace, _, _ = probe.measure(8)
+    assert float(trace) == pytest.approx(8 * expected, rel=1e-12)
 
 
 def test_two_workers(pair: Pair, tmp_path: Path) -> None:
