@@ -55,16 +55,17 @@ def test_micro_batches_of_one_worker(tmp_path: Path, monkeypatch: pytest.MonkeyP
     check(rows[0], offline(0, 4, 8, 12))
 
 
-LARGE, MANY = [(512, 512, 3, 3)], [(64, 64), (64,)] * 20
+LARGE, MANY = [(512, 512, 3, 3)], [(64, 64), (64,)] * 500
 
 
 @pytest.mark.parametrize(("dtype", "shapes"), [(torch.float32, LARGE + MANY), (torch.bfloat16, MANY)])
 def test_squares_of_short_numbers_are_exact_enough(dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> None:
-    """A large tensor goes by its rows; the sum of many small ones is longer than they are."""
+    """A large tensor goes by its rows; the sum of many small ones is longer than they are. Summed in one row, or in 16 as
+    some processors' dot products do, two million squares miss the tolerance several times over."""
     generator = torch.Generator().manual_seed(0)
     grads = [torch.rand(shape, generator=generator).to(dtype) for shape in shapes]
     exact = sum(float(g.double().square().sum()) for g in grads)
-    assert float(noise_probe.square([noise_probe.kept(g) for g in grads])) == pytest.approx(exact, rel=1e-5)
+    assert float(noise_probe.square([noise_probe.kept(g) for g in grads])) == pytest.approx(exact, rel=2e-6)
 
 
 @pytest.mark.parametrize("small", [noise_probe.SMALL, 0])
