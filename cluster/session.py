@@ -13,13 +13,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
 from cluster import stacks
+from cluster.address import address
 from cluster.reaper import end, family
 from cluster.tasks import CapacityError, ClusterError
 
@@ -28,12 +29,9 @@ KNOCK_LIMIT = 5.0  # seconds
 GOODBYE = 0.2  # seconds in which this process takes its leave of Ray's
 ENDING = {signal.SIGTERM, signal.SIGUSR1}  # what ends a study in order
 ARENAS = "MALLOC_ARENA_MAX"  # of glibc
+ANSWER_LIMIT = 120.0  # seconds for a node to start a process, which imports torch, and to answer
 
-
-def address() -> str:
-    """Of the user's cluster; empty where there is none to be used: `local` is Ray's word for a new one."""
-    named = os.environ.get("RAY_ADDRESS", "")
-    return "" if named == "local" else named
+T = TypeVar("T")
 
 
 def guard() -> None:
@@ -87,6 +85,29 @@ def connect(cpus: int = 1) -> None:
         disconnect()
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ClusterError(f"no Ray cluster at {theirs or 'this machine'}: {line}") from None
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """A connection to the user's cluster for a question or two."""
+    connect()
+    try:
+        yield
+    finally:
+        disconnect()
+
+
+def at_a_worker(function: Callable[[], T], workers: int, threads: int) -> T:
+    """What it gives on a node that holds a worker, also while the cluster is at work. Raises ClusterError."""
+    capacity(workers, threads, 0)
+    node = next(n for n in ray.nodes() if n["Alive"] and room(n["Resources"], threads, 0))
+    there = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    options: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": there}
+    try:
+        return ray.get(ray.remote(**options)(lambda: function()).remote(), timeout=ANSWER_LIMIT)
+    except ray.exceptions.RayError as error:
+        line = str(error).strip().splitlines()[-1]
+        raise ClusterError(f"node {node['NodeManagerAddress']} gave no answer: {line}") from None
 
 
 def knock(address: str) -> None:

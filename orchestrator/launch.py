@@ -6,9 +6,25 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cluster import torchrun
+from cluster.address import address
 from cluster.local import LocalGang
 from cluster.tasks import Gang
 from orchestrator.recipe.schema import Cluster
+
+IN_PROCESS = ("solo", "torchrun")  # trials run in the driver's own process
+
+
+def kind(cluster: Cluster) -> str:
+    """Which launcher `auto` is."""
+    if cluster.launcher != "auto":
+        return cluster.launcher
+    one = cluster.workers == 1 and cluster.gangs in (1, "auto")
+    return "torchrun" if torchrun.started() else "solo" if one else "gang"
+
+
+def elsewhere(cluster: Cluster) -> bool:
+    """Whether workers train on machines of the user's cluster, which need not be like the driver's."""
+    return kind(cluster) not in IN_PROCESS and bool(address())
 
 
 class Launcher:
@@ -16,12 +32,9 @@ class Launcher:
 
     def __init__(self, cluster: Cluster, folder: Path):
         self.cluster, self.folder = cluster, folder
-        self.kind: str = cluster.launcher
-        if self.kind == "auto":
-            one = cluster.workers == 1 and cluster.gangs in (1, "auto")
-            self.kind = "torchrun" if torchrun.started() else "solo" if one else "gang"
+        self.kind = kind(cluster)
         self.gpus = 0  # per worker, of each gang of the study: never fewer because a node is away
-        self.in_process = self.kind in ("solo", "torchrun")  # trials run in the driver's own process
+        self.in_process = self.kind in IN_PROCESS
         self.disconnect: Callable[[], None] = lambda: None
 
     def open(self, trials: int) -> list[Gang]:
@@ -43,9 +56,9 @@ class Launcher:
             return LocalGang()
         if self.kind == "torchrun":
             return torchrun.TorchrunGang(workers, timeout)
-        kind = train_gang() if self.kind == "ray_train" else ray_gang()
+        made = train_gang() if self.kind == "ray_train" else ray_gang()
         place = {"placement": self.cluster.placement, "folder": self.folder}
-        return kind(workers, threads, self.gpus, timeout=timeout, name=f"gang{number}", **place)
+        return made(workers, threads, self.gpus, timeout=timeout, name=f"gang{number}", **place)
 
     def replace(self, gang: Gang) -> Gang | None:
         """A new gang for one that can no longer be used; None where lost workers cannot be started anew from here."""

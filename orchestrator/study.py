@@ -7,19 +7,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from orchestrator.environment import describe, redact, redact_text
 from orchestrator.files import Damaged, write_atomic, write_json
+from orchestrator.precision import auto
 from orchestrator.recipe import Recipe, dump, resolved
+from orchestrator.recipe.resolve import Number
 from orchestrator.results import Deadline, outcome
 from orchestrator.run_trial import labels
 from orchestrator.search.stages import Stages
 from orchestrator.store import Store
 from orchestrator.trial import Trial
-from orchestrator.tuning import resolve_precision
 from orchestrator.workloads import fingerprint, load
 
 # Keys that change no result: they may differ from one run of a study to the next.
@@ -54,11 +55,19 @@ class Study:
             load(data)
 
     @cached_property
-    def stages(self) -> Stages:
+    def precision(self) -> Number:
+        """That of the recipe; where it says `auto`, the one it began with, wherever it goes on. Raises ClusterError."""
+        if self.recipe.precision != "auto":
+            return self.recipe.precision
+        if self.resolved.exists() and (began := _read_resolved(self.resolved).get("precision")) in get_args(Number):
+            return began  # type: ignore[return-value]
         networks = [self.recipe.workload.model, *(arm.model for arm in self.recipe.arms.values() if arm.model)]
         convolutional = any(network.name != "mlp" for network in networks)
-        precision = resolve_precision(self.recipe.precision, convolutional, self.recipe.cluster.workers)
-        return Stages(self.recipe, fingerprint, precision, self.store.result)
+        return auto(self.recipe.cluster, convolutional)
+
+    @cached_property
+    def stages(self) -> Stages:
+        return Stages(self.recipe, fingerprint, self.precision, self.store.result)
 
     @property
     def searched(self) -> bool:
@@ -100,11 +109,19 @@ class Study:
 
     # ------------------------------------------------------------------------------------------- the recipe on file
 
+    @property
+    def resolved(self) -> Path:
+        """The recipe as understood, when it was last run."""
+        return self.store.directory / "resolved.yaml"
+
+    def understood(self) -> dict[str, Any]:
+        """The recipe with every default filled in, and with what is measured once; without secrets."""
+        return redact(resolved(self.recipe) | {"precision": self.precision})
+
     def check_unchanged(self) -> None:
         """Raises Changed if a result on file would not answer for this recipe, Damaged if that cannot be told."""
-        path = self.store.directory / "resolved.yaml"
-        if path.exists():
-            lines = list(differences(decisive(_read_resolved(path)), decisive(redact(resolved(self.recipe)))))
+        if self.resolved.exists():
+            lines = list(differences(decisive(_read_resolved(self.resolved)), decisive(self.understood())))
             if lines:
                 raise Changed("\n".join(lines))
 
@@ -118,10 +135,10 @@ class Study:
 
     def write_recipe(self) -> None:
         """The recipe as written and as understood, without secrets, and where it runs."""
-        folder = self.store.directory
+        folder, understood = self.store.directory, dump(self.understood())
         folder.mkdir(parents=True, exist_ok=True)
         _keep_current(folder / "recipe.yaml", redact_text(self.source))
-        _keep_current(folder / "resolved.yaml", dump(redact(resolved(self.recipe))))
+        _keep_current(self.resolved, understood)
         self._list_trials()
         write_json(folder / "env.json", describe())
 
@@ -198,6 +215,8 @@ def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
 def _grown(old: Any, new: Any, path: str) -> bool:
     if path.endswith(GROWING) and isinstance(old, int | float) and isinstance(new, int | float):
         return new > old
+    if path == "precision":
+        return old == "auto"  # of a study before `auto` was kept as what it was: its trials' names tell
     if path == "seeds":
         return set(_seeds(old)) <= set(_seeds(new))
     if path.startswith("grid.") and isinstance(old, list) and isinstance(new, list):

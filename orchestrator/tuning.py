@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.environment import cpu_model, gpu_count
+from orchestrator.environment import cpu_model
 from orchestrator.files import Damaged, read_json, write_json
 from orchestrator.workloads.files import home
 from strategies.contract import Batch, Worker
@@ -27,18 +27,6 @@ WORTH = 1.1  # times as fast, or nothing is changed
 LARGEST_MAP = 64  # output positions: beyond them patches never paid
 EXAMPLES = 128  # a convolution is timed with at most so many; patches of fewer stay in cache, and gain more
 ROUNDS = 3
-
-
-def resolve_precision(
-    asked: Literal["auto", "fp32", "bf16", "fp64"], convolutional: bool, workers: int
-) -> Literal["fp32", "bf16", "fp64"]:
-    """`auto` is bf16 on GPUs, and for convolutions on CPUs where it was measured to pay; else fp32.
-
-    This machine's `workers` train on GPUs only where each of them gets one of its own.
-    """
-    if asked != "auto":
-        return asked
-    return "bf16" if gpu_count() >= workers or (convolutional and bf16_pays()) else "fp32"
 
 
 def bf16_pays() -> bool:

@@ -55,8 +55,8 @@ class Recipe(Model):
     cluster: Cluster = Cluster()
     precision: Precision = Field(
         default="auto",
-        description="auto: bf16 where this machine has a GPU for each worker, or convolutions gain by it on its CPU; else "
-        "fp32. Where workers are on several machines, say which",
+        description="auto: bf16 where there is a GPU for each worker, or convolutions were measured to gain by it on a "
+        "CPU of the workers; else fp32. A study goes on with what it began with, on any machine",
     )
     speed: Speed = Speed()
     base: Base

@@ -144,6 +144,29 @@ def test_what_the_cluster_can_never_give_is_told_at_once(folder: Path, pair: Nod
     assert ended - began < 5
 
 
+QUESTION = """
+import os, sys
+from functools import partial
+from cluster.session import at_a_worker, connected, ray
+
+class Busy:
+    def there(self): return True
+
+with connected():
+    busy = [ray.remote(num_cpus=2)(Busy).remote() for node in range(2)]
+    assert all(ray.get([actor.there.remote() for actor in busy]))
+    print(at_a_worker(partial(os.path.exists, sys.argv[1]), 2, 1), os.path.exists(sys.argv[1]))
+assert not ray.is_initialized()
+"""
+
+
+def test_a_question_goes_to_a_node_of_workers_also_while_all_are_at_work(folder: Path, pair: Nodes) -> None:
+    """It is answered where the driver's file is not seen."""
+    command = [sys.executable, "-c", QUESTION, str(folder / "data.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, env=pair.environment(), timeout=100)
+    assert done.stdout == "False True\n", done.stderr
+
+
 @pytest.mark.slow
 def test_workers_are_packed_on_one_node(folder: Path, pair: Nodes, near: Driver) -> None:
     driver = Driver(folder, "packed", HERE, pair.environment())

@@ -11,7 +11,7 @@ from torch import nn
 from cluster.engines.solo import SoloWorker
 from kernels.patches import PatchConv2d
 from orchestrator import tuning
-from orchestrator.tuning import bf16_pays, resolve_precision, tune
+from orchestrator.tuning import bf16_pays, tune
 from strategies.contract import Batch
 
 WORKER = SoloWorker(0, 1, torch.device("cpu"), "fp32")
@@ -70,8 +70,7 @@ def test_what_cannot_be_remembered_changes_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("BIGBATCH_HOME", str(tmp_path / "file" / "below"))
     monkeypatch.setattr(tuning, "_patch_gain", lambda conv, size, dtype: 2.0)
     assert tune(network(), sample, 64, WORKER, "auto") == 0
-    monkeypatch.setattr(tuning, "gpu_count", lambda: 0)
-    assert resolve_precision("auto", True, 1) == "fp32"
+    assert not bf16_pays()
 
 
 def test_a_damaged_file_is_measured_anew(monkeypatch, cache):
@@ -86,26 +85,6 @@ def test_the_network_is_left_as_it_was():
     tune(net, sample, 8, WORKER, "auto")
     assert net.training and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert not any(m._forward_pre_hooks for m in net)
-
-
-@pytest.mark.parametrize(
-    ("asked", "convolutional", "gpus", "workers", "gain", "resolved"),
-    [
-        ("fp64", True, 1, 1, 3.0, "fp64"),
-        ("fp32", True, 1, 1, 3.0, "fp32"),
-        ("auto", False, 1, 1, 0.5, "bf16"),
-        ("auto", False, 4, 2, 0.5, "bf16"),
-        ("auto", True, 0, 1, 1.5, "bf16"),
-        ("auto", False, 0, 1, 1.5, "fp32"),
-        ("auto", True, 0, 1, 1.05, "fp32"),
-        ("auto", True, 1, 2, 1.05, "fp32"),  # both workers train on the CPU
-        ("auto", True, 1, 2, 1.5, "bf16"),
-    ],
-)
-def test_precision(monkeypatch, asked, convolutional, gpus, workers, gain, resolved):
-    monkeypatch.setattr(tuning, "gpu_count", lambda: gpus)
-    monkeypatch.setattr(tuning, "_bf16_gain", lambda: gain)
-    assert resolve_precision(asked, convolutional, workers) == resolved
 
 
 def test_bf16_is_measured_on_one_thread_and_gives_the_threads_back():
