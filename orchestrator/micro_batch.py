@@ -11,6 +11,7 @@ import torch
 from strategies.contract import Batch, Worker
 from strategies.net import Net
 
+STATE = 3  # times the weights, held by a step beside its passes: two moments, gradients on their way
 SIGNS = ("out of memory", "not enough memory", "can't allocate memory")
 
 T = TypeVar("T")
@@ -48,7 +49,8 @@ def unless_memory_ends(function: Callable[[], T], device: torch.device) -> T | N
 
 
 def largest(net: Net, sample: Callable[[int], Batch], limit: int, worker: Worker) -> int:
-    """The micro-batch, at most `limit`, at which a forward and a backward pass fit on every worker; halved until it does.
+    """The micro-batch, at most `limit`, at which a forward and a backward pass fit on every worker, beside an optimizer's
+    state; halved until it does.
 
     `sample(n)` gives n examples. The net is left as it was. Raises MemoryError if not even one example fits.
     """
@@ -74,7 +76,10 @@ def rehearse(net: Net, x: torch.Tensor, worker: Worker) -> None:
 
 
 def _fits(net: Net, sample: Callable[[int], Batch], size: int, worker: Worker) -> bool:
+    weights = sum(p.nbytes for p in net.parameters() if p.requires_grad)
+
     def passes() -> bool:
+        _held = torch.empty(STATE * weights, dtype=torch.uint8, device=worker.device)
         rehearse(net, sample(size).x, worker)
         return True
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import subprocess
+import sys
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,32 @@ from torch import Tensor
 from strategies.backprop import Backprop
 from strategies.contract import Batch, Phase, Plan, State
 from tests.strategies.harness import Blobs, baseline, train
+
+NEEDS = """
+import resource, sys, psutil, torch
+from cluster.engines.solo import SoloWorker
+from orchestrator.micro_batch import largest, rehearse
+from strategies.contract import Batch
+
+torch.set_num_threads(1)
+worker = SoloWorker(0, 1, torch.device("cpu"), "fp32")
+net = torch.nn.Linear(4096, 4096, bias=False)
+batch = lambda n: Batch(torch.ones(n, 4096), torch.zeros(n), torch.arange(n))
+rehearse(net, batch(64).x, worker)
+room = float(sys.argv[1]) * net.weight.nbytes
+resource.setrlimit(resource.RLIMIT_AS, [int(psutil.Process().memory_info().vms + room)] * 2)
+try:
+    print(largest(net, batch, 64, worker))
+except MemoryError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("room", "found"), [(3.5, "not even one example fits"), (8, "64")])
+def test_the_micro_batch_that_is_found_leaves_room_for_an_optimizer(room: float, found: str) -> None:
+    """`room`, in weights: the gradients of the passes are one, the moments and gradients under way of a step three more."""
+    done = subprocess.run([sys.executable, "-c", NEEDS, str(room)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
