@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from strategies.contract import PlanError, Worker
 from strategies.parts.gradient_noise import from_sums
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from strategies.net import Net
@@ -24,25 +27,22 @@ class NoiseProbe:
         self.parameters = [p for p in net.parameters() if p.requires_grad]
         self.size = 0  # examples of the micro-batch in work
         self.parts = 0  # micro-batches of this step so far
-        self.seen: list[Tensor] = []  # what is kept of each gradient of the micro-batch
+        self.kept = Kept(self.parameters)  # of the micro-batch in work
         self.weighted: Any = 0.0  # sum of |share_i g_i|^2 / size_i, without the micro-batch in work
         self.counted: dict[int, Tensor] = {}  # parts of a global batch of that size, on all workers
         net.register_forward_pre_hook(self._forward)
-        for p in self.parameters:
-            p.register_hook(self._backward)  # sees what this backward pass adds, before it is averaged over workers
+        for index, p in enumerate(self.parameters):  # what this backward pass adds, before it is averaged over workers
+            p.register_hook(functools.partial(self.kept.take, index))
 
     def _forward(self, net: Any, inputs: tuple[Tensor, ...]) -> None:
         if net.training:
             self._close()
             self.size, self.parts = len(inputs[0]), self.parts + 1
 
-    def _backward(self, grad: Tensor) -> None:
-        self.seen.append(kept(grad))
-
     def _close(self) -> None:
         """The micro-batch in work has ended."""
-        if self.seen:
-            self.weighted, self.seen = self.weighted + square(self.seen) / self.size, []
+        if not self.kept.empty:
+            self.weighted = self.weighted + self.kept.square() / self.size
 
     def measure(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """(tr(Sigma), |G|^2, parts): estimates from the parts of this step's global batch, alike on all ranks.
@@ -70,27 +70,54 @@ class NoiseProbe:
         if batch not in self.counted:
             self.counted[batch] = self.worker.sum_(self.weighted.new_tensor(self.parts))
         parts, weighted = self.counted[batch], self.weighted * (batch / workers) ** 2
-        mean_square = square([kept(p.grad) for p in self.parameters if p.grad is not None])
         self.parts, self.weighted = 0, 0.0
-        return *from_sums(weighted, parts, batch, mean_square / workers), parts
+        return *from_sums(weighted, parts, batch, self._mean_square() / workers), parts
+
+    def _mean_square(self) -> Tensor:
+        for index, p in enumerate(self.parameters):
+            if p.grad is not None:
+                self.kept.take(index, p.grad)
+        return self.kept.square()
 
 
-def kept(grad: Tensor) -> Tensor:
-    """What is kept of a gradient until all are there. Of a small one all, so that one operation serves many: autograd then
-    hands on a copy, for workers to average in place. Of a large one norms of rows, which are short enough for its own
-    precision."""
+class Kept:
+    """What is kept of the gradients of one backward pass, in one run of memory, for one operation to square them all: of a
+    small one all, of a large one norms of rows, which are short enough for its own precision.
+
+    Gradients are copied, not held: autograd hands on what nobody else holds, and copies the rest, each into new memory.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]):
+        import torch
+
+        lengths = [len(p) if by_rows(p) else p.numel() for p in parameters]
+        number = functools.reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+        flat = torch.zeros(sum(lengths), dtype=number, device=parameters[0].device if parameters else None)
+        self.flat, self.empty = flat, True
+        self.places = [
+            part if by_rows(p) else part.as_strided(p.shape, p.stride())
+            for p, part in zip(parameters, flat.split(lengths), strict=True)
+        ]
+
+    def take(self, index: int, grad: Tensor) -> None:
+        """Of the parameter of that number."""
+        place, grad = self.places[index], grad.detach()
+        place.copy_(row_norms(grad, place.dtype) if by_rows(grad) else grad)
+        self.empty = False
+
+    def square(self) -> Tensor:
+        """() |g|^2 in float64, of gradients that were not taken 0; then nothing is kept."""
+        total = self.flat.square_().sum().double()  # torch sums in pairs; a dot product's error grows with its length
+        self.flat.zero_()
+        self.empty = True
+        return total
+
+
+def by_rows(t: Tensor) -> bool:
+    return t.ndim > 1 and t.numel() > SMALL
+
+
+def row_norms(grad: Tensor, number: torch.dtype) -> Tensor:
     import torch
 
-    if grad.ndim < 2 or grad.numel() <= SMALL:
-        return grad
-    return torch.linalg.vector_norm(grad.detach(), dim=tuple(range(1, grad.ndim)))
-
-
-def square(seen: list[Tensor]) -> Tensor:
-    """() |g|^2 in float64, from what is `kept` of all of a network's gradients."""
-    import torch
-
-    with torch.no_grad():
-        flat = torch.cat([t.reshape(-1) for t in seen])
-        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-        return flat.square().sum().double()  # torch sums in pairs; a dot product's error grows with its length
+    return torch.linalg.vector_norm(grad, dim=tuple(range(1, grad.ndim)), dtype=number)
