@@ -79,7 +79,7 @@ def _fits(net: Net, sample: Callable[[int], Batch], size: int, worker: Worker) -
     weights = sum(p.nbytes for p in net.parameters() if p.requires_grad)
 
     def passes() -> bool:
-        _held = torch.empty(STATE * weights, dtype=torch.uint8, device=worker.device)
+        _held = torch.empty(STATE * weights // worker.holders, dtype=torch.uint8, device=worker.device)
         rehearse(net, sample(size).x, worker)
         return True
 

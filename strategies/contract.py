@@ -122,6 +122,7 @@ class Worker(Protocol):
     rank: int  # 0 .. size-1
     size: int  # workers in the gang
     roles: int  # parts that the model is spread over
+    holders: int  # workers that share out an optimizer's state among them; 1: each holds all of it
     device: torch.device
     memory: Any
     """What the engine remembers of this model from step to step, with a state_dict, or None; learners save it."""

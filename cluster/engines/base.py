@@ -29,6 +29,7 @@ class ProcessWorker:
     """One of `size` processes, alone or in the default process group. See `strategies.contract.Worker`."""
 
     roles = 1
+    holders = 1
     memory: Any = None
 
     def __init__(self, rank: int, size: int, device: torch.device, precision: str):

@@ -50,6 +50,7 @@ class DeepSpeedWorker(ProcessWorker):
     ):
         super().__init__(rank, size, device, precision)
         self.stage, self.extra = stage, extra or {}
+        self.holders = size if stage else 1
         self.bucket = LARGEST_BUCKET if bucket_mib == "auto" else int(float(bucket_mib) * 2**18)
         self.shards: Shards | None = None
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 SMALL = 2**16  # elements of a gradient that is kept as it is
+ROW = 2**10  # of those, squared together
 
 
 class NoiseProbe:
@@ -82,7 +83,7 @@ class NoiseProbe:
 
 class Kept:
     """What is kept of the gradients of one backward pass, in one run of memory, for one operation to square them all: of a
-    small one all, of a large one norms of rows, which are short enough for its own precision.
+    small one all, of a large one norms of rows.
 
     Gradients are copied, not held: autograd hands on what nobody else holds, and copies the rest, each into new memory.
     """
@@ -90,31 +91,36 @@ class Kept:
     def __init__(self, parameters: Sequence[Tensor]):
         import torch
 
-        lengths = [len(p) if by_rows(p) else p.numel() for p in parameters]
+        self.large = [p.ndim > 1 and p.numel() > SMALL for p in parameters]
+        lengths = [len(p) if large else p.numel() for p, large in zip(parameters, self.large, strict=True)]
         number = functools.reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
-        flat = torch.zeros(sum(lengths), dtype=number, device=parameters[0].device if parameters else None)
-        self.flat, self.empty = flat, True
+        whole = -(-sum(lengths) // ROW) * ROW
+        flat = torch.zeros(whole, dtype=number, device=parameters[0].device if parameters else None)
+        self.rows = flat.view(-1, ROW)  # the last one ends in zeros
+        parts = flat.split([*lengths, whole - sum(lengths)])
         self.places = [
-            part if by_rows(p) else part.as_strided(p.shape, p.stride())
-            for p, part in zip(parameters, flat.split(lengths), strict=True)
+            part if large else part.as_strided(p.shape, p.stride())
+            for p, large, part in zip(parameters, self.large, parts, strict=False)
         ]
+        self.empty = True
 
     def take(self, index: int, grad: Tensor) -> None:
         """Of the parameter of that number."""
-        place, grad = self.places[index], grad.detach()
-        place.copy_(row_norms(grad, place.dtype) if by_rows(grad) else grad)
+        if grad.requires_grad:
+            grad = grad.detach()
+        place = self.places[index]
+        place.copy_(row_norms(grad, place.dtype) if self.large[index] else grad)
         self.empty = False
 
     def square(self) -> Tensor:
-        """() |g|^2 in float64, of gradients that were not taken 0; then nothing is kept."""
-        total = self.flat.square_().sum().double()  # torch sums in pairs; a dot product's error grows with its length
-        self.flat.zero_()
+        """() |g|^2 in float64, of gradients that were not taken 0; then nothing is kept.
+
+        Rows are short enough for numbers of their own precision; the error of a longer sum would grow with its length.
+        """
+        total = row_norms(self.rows, self.rows.dtype).double().square().sum()
+        self.rows.zero_()
         self.empty = True
         return total
-
-
-def by_rows(t: Tensor) -> bool:
-    return t.ndim > 1 and t.numel() > SMALL
 
 
 def row_norms(grad: Tensor, number: torch.dtype) -> Tensor:

@@ -231,6 +231,12 @@ def test_the_refusal_names_the_stage_that_would_do() -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_who_shares_out_an_optimizers_state(stage: int) -> None:
+    name, options = at(stage)
+    assert make_worker(name, options, "fp32", 0, 2, torch.device("cpu")).holders == (2 if stage else 1)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", ["sgd", "adamw", "norm", "bf16"])
 def test_each_stage_trains_as_ddp(kind: str, stage: int, both: dict[str, Any]) -> None:
     assert_equal(both["stages"][kind], both["stages"][kind, stage], CLOSE)

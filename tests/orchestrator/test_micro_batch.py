@@ -27,6 +27,7 @@ from strategies.contract import Batch
 
 torch.set_num_threads(1)
 worker = SoloWorker(0, 1, torch.device("cpu"), "fp32")
+worker.holders = int(sys.argv[2])
 net = torch.nn.Linear(4096, 4096, bias=False)
 batch = lambda n: Batch(torch.ones(n, 4096), torch.zeros(n), torch.arange(n))
 rehearse(net, batch(64).x, worker)
@@ -39,10 +40,14 @@ except MemoryError as error:
 """
 
 
-@pytest.mark.parametrize(("room", "found"), [(3.5, "not even one example fits"), (8, "64")])
-def test_the_micro_batch_that_is_found_leaves_room_for_an_optimizer(room: float, found: str) -> None:
-    """`room`, in weights: the gradients of the passes are one, the moments and gradients under way of a step three more."""
-    done = subprocess.run([sys.executable, "-c", NEEDS, str(room)], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(
+    ("room", "holders", "found"), [(3.5, 1, "not even one example fits"), (8, 1, "64"), (3.5, 6, "64")]
+)
+def test_the_micro_batch_that_is_found_leaves_room_for_an_optimizer(room: float, holders: int, found: str) -> None:
+    """`room`, in weights: the gradients of the passes are one, the moments and gradients under way of a step three more,
+    which workers may share out."""
+    command = [sys.executable, "-c", NEEDS, str(room), str(holders)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith(found)
 
 
