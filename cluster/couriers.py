@@ -46,13 +46,13 @@ class Couriers:
     """The files of one gang on other nodes."""
 
     def __init__(self, gang: str, seats: Sequence[Seat]):
-        self.gang = gang
+        self.gang, self.seats = gang, seats
         self.first = next(seat.node for seat in seats if seat.rank == 0)
         self.mirrors = {seat.node: mirror_on(seat.node) for seat in seats if not seat.sees_files}
         self.writes: tuple[Path, ...] = ()
         self.asked: dict[Any, str] = {}  # question in flight -> node
         self.due = 0.0
-        self.whole = True  # whether all that was written has come back, or still may
+        self.gone: set[str] = set()  # nodes from which not all that was written can come back
 
     def send(self, files: Files) -> dict[str, Any]:
         """For each of the nodes: a call that gives the place of its copies once they are there."""
@@ -86,17 +86,18 @@ class Couriers:
         except ray.exceptions.RayError:  # most often with its node, and the gang will notice
             mirrors.pop(node, None)
             del self.mirrors[node]
-            self.whole = False
+            self.gone.add(node)
 
-    def finish(self, limit: float = LAST_LIMIT) -> bool:
-        """Take in all that is left. Whether every node has handed over its files."""
+    def finish(self, limit: float = LAST_LIMIT) -> int | None:
+        """Take in all that is left. The first rank whose node has not handed over its files; None where all have."""
         end = time.monotonic() + limit
         for _ in range(2):  # an answer that is on its way may be older than the last write
             self._ask()
             while self.asked and (left := end - time.monotonic()) > 0:
                 for answer in ray.wait(list(self.asked), timeout=left)[0]:
                     self._take_in(answer)
-        return self.whole and not self.asked
+        missing = self.gone.union(self.asked.values())
+        return min((seat.rank for seat in self.seats if seat.node in missing), default=None)
 
     def forget(self) -> None:
         for actor in self.mirrors.values():

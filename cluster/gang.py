@@ -178,8 +178,9 @@ class RayGang:
 
     def _settle(self, outcome: Outcome) -> Outcome:
         """After a task: fetch its files, make ready for the next one, or never take one again."""
-        if self.couriers and not self.couriers.finish() and isinstance(outcome, Done):
-            outcome = Lost(0, "a node died before it had handed over its files")
+        late = self.couriers.finish() if self.couriers else None
+        if late is not None and isinstance(outcome, Done):
+            outcome = Lost(late, "its node died before it had handed over its files")
         self.busy, self.broken, self.task = False, not isinstance(outcome, Done), None
         if not self.broken:
             for actor in self.ranks:
