@@ -204,16 +204,16 @@ def test_the_last_rows_are_fetched_at_the_end(node: Actor, trial: Path) -> None:
     gang = Couriers("a", seats(False, False))
     copy = beneath(gang.send(Files((trial,), (trial,)))["far"].value, trial)
     (copy / "metrics.jsonl").write_text("{}\n")
-    assert gang.finish() and (trial / "metrics.jsonl").read_text() == "{}\n"
+    assert gang.finish() is None and (trial / "metrics.jsonl").read_text() == "{}\n"
 
 
 def test_what_was_lost_on_the_way_is_not_passed_over(node: Actor, trial: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The keeper of the copies dies while ranks go on: the task's result must not count."""
-    gang = Couriers("a", seats(False, False))
+    """The keeper of the copies dies while ranks go on: the task's result must not count, and the rank is named."""
+    gang = Couriers("a", seats(True, False))
     gang.send(Files((trial,), (trial,)))
     monkeypatch.setattr(couriers.ray, "get", lambda ref: (_ for _ in ()).throw(couriers.ray.exceptions.RayActorError()))
     gang.look()
-    assert not gang.finish() and couriers.mirrors == {}
+    assert gang.finish() == 1 and couriers.mirrors == {}
 
 
 def test_nodes_without_rank_0_get_logs_only(node: Actor, trial: Path) -> None:
@@ -222,9 +222,9 @@ def test_nodes_without_rank_0_get_logs_only(node: Actor, trial: Path) -> None:
     gang = Couriers("a", seats(True, False))
     copy = beneath(gang.send(Files((trial,), (trial,)))["far"].value, trial)
     assert [p.name for p in copy.rglob("*")] == ["rank_1.log"]
-    assert gang.finish() and (trial / "checkpoints" / "step_1" / "tensors").exists()
+    assert gang.finish() is None and (trial / "checkpoints" / "step_1" / "tensors").exists()
 
 
 def test_who_sees_the_files_needs_no_copies(trial: Path) -> None:
     gang = Couriers("a", seats(True, True))
-    assert gang.send(Files((trial,), (trial,))) == {} and gang.finish()
+    assert gang.send(Files((trial,), (trial,))) == {} and gang.finish() is None
