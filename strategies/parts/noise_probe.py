@@ -97,10 +97,10 @@ class Kept:
         whole = -(-sum(lengths) // ROW) * ROW
         flat = torch.zeros(whole, dtype=number, device=parameters[0].device if parameters else None)
         self.rows = flat.view(-1, ROW)  # the last one ends in zeros
-        parts = flat.split([*lengths, whole - sum(lengths)])
+        parts = flat[: sum(lengths)].split(lengths)
         self.places = [
             part if large else part.as_strided(p.shape, p.stride())
-            for p, large, part in zip(parameters, self.large, parts, strict=False)
+            for p, large, part in zip(parameters, self.large, parts, strict=True)
         ]
         self.empty = True
 

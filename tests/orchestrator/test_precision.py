@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -47,16 +46,11 @@ def test_bf16_on_gpus_and_where_convolutions_gain(
     session = pytest.importorskip("cluster.session")
     monkeypatch.setattr(precision, "gpu_count", lambda: (0 if gpus else 8) if elsewhere else gpus)
     monkeypatch.setattr(precision, "bf16_pays", lambda: gains)
-    monkeypatch.setattr(session, "connected", nothing)
+    monkeypatch.setattr(session, "connected", nullcontext)
     monkeypatch.setattr(session, "gpus_each", lambda n: int(gpus >= n))
     monkeypatch.setattr(session, "at_a_worker", lambda function, workers, threads: function())
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379" if elsewhere else "")
     assert auto(Cluster(workers=workers, launcher="gang"), convolutional) == found
-
-
-@contextmanager
-def nothing() -> Iterator[None]:
-    yield
 
 
 def kept(runs: Path) -> str:
